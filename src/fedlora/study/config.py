@@ -1,0 +1,249 @@
+"""The run file: sections, defaults and checks. Every key is refused by name if unknown, and written back resolved."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedlora.data.settings import DataSettings
+from fedlora.errors import UserError
+
+Task = Literal["text-classification", "image-classification", "causal-lm"]
+Treatment = Literal["share", "private", "frozen"]
+
+
+class Section(BaseModel):
+    """A table of the run file: immutable, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSettings(Section):
+    """``[model]``. ``name``: a hub id, a folder, "minilm" (sentence encoder) or "embedded-lm" (the small causal LM)."""
+
+    name: str
+    task: Task
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    pooling: Literal["auto", "mean", "cls", "last"] = "auto"
+
+
+class ExtrasSettings(Section):
+    """``[adapter.extras]``: how heads, norms and embeddings take part; None: as the algorithm does by default."""
+
+    head: Treatment | None = None
+    norm: Treatment | None = None
+    embedding: Treatment | None = None
+
+
+class AdapterSettings(Section):
+    """``[adapter]``. ``alpha`` (default 2 x rank) is alpha at the largest rank served; ``targets``: "auto" or patterns;
+    ``layers``: indices of the blocks to adapt; ``from``: a PEFT folder to start from."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float | None = Field(None, gt=0)
+    scaling: Literal["shared", "per-rank"] = "shared"
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: Literal["auto"] | list[str] = "auto"
+    layers: list[int] | None = None
+    extras: ExtrasSettings = ExtrasSettings()
+    start: str | None = Field(None, alias="from")
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
+
+
+class ClientSettings(Section):
+    """``[clients]``. ``ranks``: one number, a list cycled over the clients, or a named distribution; default: the
+    adapter's rank."""
+
+    ranks: int | list[int] | str | None = None
+
+
+class AlgorithmSettings(BaseModel):
+    """``[algorithm]``: a name of ``fedlora algorithms`` or "my_file.py:MyClass", and its own parameters."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The algorithm's own parameters."""
+        return dict(self.model_extra or {})
+
+
+class TrainingSettings(Section):
+    """``[training]``. None: the algorithm's own default. ``clients_per_round``: a count, or a share below 1; default
+    everybody. ``eval_every``: rounds between evaluations (0: only at the end)."""
+
+    rounds: int = Field(10, ge=0)
+    clients_per_round: int | float | None = Field(None, gt=0)
+    epochs: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=1)
+    lr: float | None = Field(None, gt=0)
+    head_lr: float | None = Field(None, gt=0)
+    optimizer: Literal["adamw", "sgd"] | None = None
+    momentum: float | None = Field(None, ge=0, lt=1)
+    weight_decay: float | None = Field(None, ge=0)
+    clip: float | None = Field(None, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] | None = None
+    eval_every: int = Field(1, ge=0)
+    eval_clients: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingSettings:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give epochs or steps, not both")
+        return self
+
+
+class EngineSettings(Section):
+    """``[engine]``. ``lanes``: how many clients train in one pass over the base (1: the plain reference); ``tokens``:
+    the budget of one pass, padding included."""
+
+    name: Literal["simulator"] = "simulator"
+    lanes: int | Literal["auto"] = "auto"
+    tokens: int | Literal["auto"] = "auto"
+    device: str = "auto"
+
+
+class OutputSettings(Section):
+    """``[output]``. ``client_adapters``: how many deployed models are written (default: all up to 100)."""
+
+    dir: str | None = None
+    client_adapters: int | Literal["all", "none"] | None = None
+
+
+class RunConfig(Section):
+    """A whole run file."""
+
+    seed: int = 0
+    model: ModelSettings
+    adapter: AdapterSettings = AdapterSettings()  # type: ignore[call-arg]
+    data: DataSettings
+    clients: ClientSettings = ClientSettings()
+    algorithm: AlgorithmSettings
+    training: TrainingSettings = TrainingSettings()  # type: ignore[call-arg]
+    engine: EngineSettings = EngineSettings()
+    output: OutputSettings = OutputSettings()
+
+    def replace(self, **sections: Mapping[str, Any]) -> RunConfig:
+        """A copy with keys of some sections replaced: ``config.replace(engine={"lanes": 4})``."""
+        value = self.model_dump(by_alias=True)
+        for section, keys in sections.items():
+            value[section] = {**value[section], **keys}
+        return parse(value, "the resolved configuration")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)``, or the list of what is known."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, 1, 0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+
+
+def parse(value: Mapping[str, Any], place: str) -> RunConfig:
+    """Validates nested plain values; a UserError names every wrong key, its value and the nearest known name."""
+    try:
+        return RunConfig.model_validate(value)
+    except ValidationError as error:
+        lines = [_explained(problem) for problem in error.errors()]
+    raise UserError(f"{place}: " + "; ".join(lines), "see `fedlora run --help` and the README for the keys")
+
+
+def _explained(problem: Any) -> str:
+    path = [str(part) for part in problem["loc"]]
+    key = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key '{key}' ({nearest(path[-1], _keys(path[:-1]))})"
+    if problem["type"] == "missing":
+        return f"'{key}' is missing"
+    return f"'{key}' = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
+
+
+def _keys(path: Sequence[str]) -> list[str]:
+    """The keys a table knows."""
+    model: Any = RunConfig
+    for part in path:
+        field = next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
+        options = () if field is None else getattr(field.annotation, "__args__", (field.annotation,))
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if model is None:
+            return []
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def load(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
+    """Reads a run file and applies ``section.key=value`` changes; relative data paths are found beside the file."""
+    file = Path(path)
+    try:
+        value = tomllib.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such run file", "write one (see the README) or check the path") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{file}: not valid TOML: {error}", "strings need quotes; tables look like [data]") from None
+    for change in changes:
+        apply(value, change)
+    return parse(located(value, file.parent), str(file))
+
+
+def apply(value: dict[str, Any], change: str) -> None:
+    """Sets one dotted key in nested tables, the value written as in TOML (or plain text).
+
+    >>> table = {"training": {"lr": 0.1}}
+    >>> apply(table, "training.lr=0.01"); apply(table, "algorithm.name=fedit"); table
+    {'training': {'lr': 0.01}, 'algorithm': {'name': 'fedit'}}
+    """
+    key, separator, text = change.partition("=")
+    if not separator or not key.strip():
+        raise UserError(f"--set {change!r}: not of the form section.key=value", "for example --set training.lr=0.001")
+    try:
+        parsed = tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        parsed = text
+    *tables, last = key.strip().split(".")
+    for name in tables:
+        value = value.setdefault(name, {})
+        if not isinstance(value, dict):
+            raise UserError(f"--set {change!r}: '{name}' is a value, not a table", "name a key inside a table")
+    value[last] = parsed
+
+
+def located(value: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Data, model and algorithm paths that exist beside the run file (or here) become absolute; other names stay."""
+
+    def find(name: Any) -> Any:
+        if isinstance(name, list):
+            return [find(item) for item in name]
+        if not isinstance(name, str):
+            return name
+        file, colon, rest = name.partition(":") if ".py:" in name else (name, "", "")
+        for candidate in (folder / file, Path(file)):
+            if file and candidate.exists():
+                return os.path.abspath(candidate) + colon + rest
+        return name
+
+    places = {"data": ("train", "test", "validation"), "model": ("name",), "algorithm": ("name",), "adapter": ("from",)}
+    result = {key: dict(table) if isinstance(table, dict) else table for key, table in value.items()}
+    for section, keys in places.items():
+        table = result.get(section)
+        if isinstance(table, dict):
+            table.update({key: find(table[key]) for key in keys if key in table})
+    return result
+
+
+def dumps(config: RunConfig) -> str:
+    """The configuration as TOML, without keys that are unset."""
+
+    def clean(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {key: clean(child) for key, child in node.items() if child is not None and child != {}}
+        return [clean(child) for child in node] if isinstance(node, list | tuple) else node
+
+    return tomli_w.dumps(clean(config.model_dump(by_alias=True, mode="json")))
