@@ -1,0 +1,229 @@
+"""Pure functions on trees: differences, low-rank products, rank changes, truncated SVD.
+
+Nothing here changes its inputs; results may share tensors with them. A site's change of its base weight is ``dW = s B C A`` (C only where there is one) or ``W``, (out, in).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedlora.federation.spec import Tree, stream
+
+FACTORS = ("A", "B", "C", "W", "scale")
+linalg: Any = torch.linalg  # untyped in torch
+DEAD = 1e-10  # singular values below this share of the largest are rounding
+
+
+def sites(tree: Tree) -> list[str]:
+    """The sites a tree changes, by factors or densely, sorted."""
+    return sorted(
+        {key.rsplit("/", 1)[0] for key in tree if key.endswith(("/A", "/W")) and not key.startswith("extra/")}
+    )
+
+
+def ranks(tree: Tree) -> dict[str, int]:
+    """The rank of every factored site."""
+    return {site: tree[f"{site}/A"].shape[0] for site in sites(tree) if f"{site}/A" in tree}
+
+
+def part(tree: Tree, factors: Iterable[str]) -> dict[str, Tensor]:
+    """The sites' entries whose last name is one of the factors."""
+    wanted = tuple(factors)
+    return {key: value for key, value in adapter(tree).items() if key.rsplit("/", 1)[-1] in wanted}
+
+
+def whole(tree: Tree) -> dict[str, Tensor]:
+    """The entries that belong to no site."""
+    return {key: value for key, value in tree.items() if not _factor(key)}
+
+
+def adapter(tree: Tree) -> dict[str, Tensor]:
+    """The entries that belong to a site: factors, dense changes and scales."""
+    return {key: value for key, value in tree.items() if _factor(key)}
+
+
+def _factor(key: str) -> bool:
+    return key.rsplit("/", 1)[-1] in FACTORS and not key.startswith("extra/")
+
+
+def difference(new: Tree, old: Tree) -> dict[str, Tensor]:
+    """new - old over old's names, without scales: a scale belongs to the adapter and is never averaged."""
+    return {key: new[key] - value for key, value in old.items() if not key.endswith("/scale")}
+
+
+def add(tree: Tree, change: Tree, factor: float = 1.0) -> dict[str, Tensor]:
+    """tree + factor * change, computed in the wider type, returned in tree's; an unknown name is a KeyError.
+
+    >>> add({"head/bias": torch.ones(2)}, {"head/bias": torch.ones(2).double()}, -0.5)["head/bias"]
+    tensor([0.5000, 0.5000])
+    """
+    if missing := set(change) - set(tree):
+        raise KeyError(f"no such parameters: {sorted(missing)}")
+    return {
+        key: (value + factor * change[key]).to(value.dtype) if key in change else value.clone()
+        for key, value in tree.items()
+    }
+
+
+def cast(tree: Tree, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every entry in one type: aggregators report float64, what is served or stored is in the spec's."""
+    return {key: value.to(dtype) for key, value in tree.items()}
+
+
+def zeros(tree: Tree) -> dict[str, Tensor]:
+    """Zeros of the same shapes and types, without scales."""
+    return {key: torch.zeros_like(value) for key, value in tree.items() if not key.endswith("/scale")}
+
+
+def factors(tree: Tree, site: str) -> tuple[Tensor, Tensor]:
+    """(s B, C A) of a factored site: (out, r), (r, in)."""
+    left, right = tree[f"{site}/B"] * tree[f"{site}/scale"], tree[f"{site}/A"]
+    core = tree.get(f"{site}/C")
+    return left, right if core is None else core @ right
+
+
+def product(tree: Tree, site: str) -> Tensor:
+    """dW of one site: W, or s B C A; (out, in)."""
+    if f"{site}/W" in tree:
+        return tree[f"{site}/W"]
+    left, right = factors(tree, site)
+    return left @ right
+
+
+def frobenius(tree: Tree) -> float:
+    """The Frobenius norm of all sites' dW together, from the factors' Gram matrices where they are smaller."""
+    total = 0.0
+    for site in sites(tree):
+        if f"{site}/W" in tree:
+            total += float(tree[f"{site}/W"].double().square().sum())
+        else:
+            left, right = (factor.double() for factor in factors(tree, site))
+            total += max(0.0, float(((left.T @ left) * (right @ right.T)).sum()))
+    return math.sqrt(total)
+
+
+def common_scale(tree: Tree, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same adapter at other scales: B <- B s / s_ref, scale <- s_ref. What averages factors does this first.
+
+    >>> one = {"q/A": torch.eye(2), "q/B": torch.eye(2), "q/scale": torch.tensor(4.0)}
+    >>> two = common_scale(one, {"q": torch.tensor(2.0)})
+    >>> two["q/B"][0, 0], torch.equal(product(one, "q"), product(two, "q"))
+    (tensor(2.), True)
+    """
+    changed = dict(tree)
+    for site in ranks(tree):
+        left, old, new = tree[f"{site}/B"], tree[f"{site}/scale"], scales[site]
+        changed[f"{site}/B"] = (left * (old.double() / new.double())).to(left.dtype)
+        changed[f"{site}/scale"] = new.to(old.dtype)
+    return changed
+
+
+def resize(tree: Tree, ranks: Mapping[str, int], seed: int | None = None) -> dict[str, Tensor]:
+    """The adapter at other ranks: prefixes of larger ones; smaller ones padded with zeros. Scales stay.
+
+    With a seed, rows that are dead (zero in A and in B's column: they would never train) get rows of A drawn as an
+    adapter's start, Kaiming-uniform with bound 1/sqrt(in), and where there is a C, ones on its diagonal; dW stays.
+    """
+    changed = dict(tree)
+    for site, rank in ranks.items():
+        right, left, core = tree[f"{site}/A"], tree[f"{site}/B"], tree.get(f"{site}/C")
+        more = max(0, rank - right.shape[0])
+        right, left = functional.pad(right[:rank], (0, 0, 0, more)), functional.pad(left[:, :rank], (0, more))
+        if core is not None:
+            core = functional.pad(core[:rank, :rank], (0, more, 0, more))
+        if seed is not None:
+            dead = (right == 0).all(1) & (left == 0).all(0)
+            draw = torch.rand(right.shape, generator=stream(seed, site, "resize"), dtype=right.dtype)
+            right = torch.where(dead[:, None], (2 * draw - 1) / math.sqrt(right.shape[1]), right)
+            if core is not None:
+                core = core + torch.diag((dead & (core == 0).all(1) & (core == 0).all(0)).to(core.dtype))
+        changed[f"{site}/A"], changed[f"{site}/B"] = right, left
+        if core is not None:
+            changed[f"{site}/C"] = core
+    return changed
+
+
+def stack(trees: Sequence[Tree], shares: Sequence[float]) -> dict[str, Tensor]:
+    """One adapter of scale 1 whose dW is exactly sum_i share_i s_i B_i C_i A_i; its rank is the sum of ranks."""
+    stacked: dict[str, Tensor] = {}
+    for site in sorted({site for tree in trees for site in ranks(tree)}):
+        pairs = [
+            (share, *factors(tree, site)) for tree, share in zip(trees, shares, strict=True) if f"{site}/A" in tree
+        ]
+        stacked[f"{site}/A"] = torch.cat([right for _, _, right in pairs])
+        stacked[f"{site}/B"] = torch.cat([share * left for share, left, _ in pairs], 1)
+        stacked[f"{site}/scale"] = torch.ones((), dtype=stacked[f"{site}/B"].dtype)
+    return stacked
+
+
+def svd(tree: Tree, site: str) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, V^T of one site's dW in float64; by QR of the factors where their rank is below half the smaller side."""
+    if f"{site}/A" in tree:
+        left, right = (
+            factor.double() for factor in factors({k: v.double() for k, v in _site(tree, site).items()}, site)
+        )
+        if 2 * left.shape[1] < min(left.shape[0], right.shape[1]):
+            (left, upper), (right, lower) = _qr(left), _qr(right.T)
+            u, s, vt = linalg.svd(upper @ lower.T)
+            return left @ u, s, vt @ right.T
+        return _svd(left @ right)
+    return _svd(tree[f"{site}/W"].double())
+
+
+def _site(tree: Tree, site: str) -> dict[str, Tensor]:
+    return {f"{site}/{name}": tree[f"{site}/{name}"] for name in FACTORS if f"{site}/{name}" in tree}
+
+
+def _qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    q, r = linalg.qr(matrix)
+    return q, r
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    u, s, vt = linalg.svd(matrix, full_matrices=False)
+    return u, s, vt
+
+
+def truncate(tree: Tree, site: str, rank: int, seed: int) -> tuple[Tensor, Tensor, float]:
+    """(A, B, error) of the best rank-r approximation of dW: A = V_r^T (orthonormal rows), B = U_r S_r for scale 1,
+    error = |dW - B A| / |dW|. The rank is clamped to min(out, in); A (r, in), B (out, r), float64.
+
+    Rows without a singular value are a *seeded* completion, never the SVD's own null vectors: those are decided by
+    rounding, so another order of replies would serve other rows. Signs are fixed for the same reason.
+    """
+    u, s, vt = svd(tree, site)
+    rank = min(rank, u.shape[0], vt.shape[1])
+    live = int((s > DEAD * max(float(s[0]), 1e-300)).sum())
+    kept = min(rank, live)
+    sign = torch.sign(vt[:kept].gather(1, vt[:kept].abs().argmax(1, keepdim=True)))
+    left = functional.pad(u[:, :kept] * sign.T * s[:kept], (0, rank - kept))
+    error = float(s[kept:].square().sum().sqrt() / s.square().sum().sqrt().clamp_min(1e-300))
+    return complete(vt[:kept] * sign, rank, seed), left, error
+
+
+def complete(rows: Tensor, rank: int, seed: int) -> Tensor:
+    """Orthonormal rows (k, in), continued to ``rank`` of them by a seeded draw."""
+    draw = torch.randn(rank - rows.shape[0], rows.shape[1], generator=stream(seed, "complete"), dtype=rows.dtype)
+    if not len(draw):
+        return rows
+    for _ in range(2):  # once leaves rounding, twice is enough
+        draw = draw - draw @ rows.T @ rows
+    return torch.cat([rows, _qr(draw.T)[0].T])
+
+
+def mixture(trees: Mapping[str, Tree], shares: Mapping[str, float]) -> dict[str, Tensor]:
+    """sum_i share_i * tree_i in the order of names, summed in float64, in the trees' type."""
+    names = sorted(shares)
+    mixed: dict[str, Tensor] = {}
+    for key, value in trees[names[0]].items():
+        total = torch.zeros_like(value, dtype=torch.float64)
+        for name in names:
+            total = torch.add(total, trees[name][key].double(), alpha=shares[name])
+        mixed[key] = total.to(value.dtype)
+    return mixed

@@ -1,0 +1,146 @@
+"""Ways to combine updates. Accumulators are plain values; sums are float64.
+
+``accumulate`` and ``merge`` change nothing that they are given: a result may share tensors with its inputs, so nobody
+writes into an accumulator. The time of a fold is linear in the number of clients, and where ``streaming`` holds, its
+memory is that of one accumulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedlora.adapters.algebra import factors, sites, whole
+from fedlora.federation.algorithm import Update
+from fedlora.federation.spec import Client
+
+
+@dataclass(frozen=True)
+class Mean:
+    """sum_i w_i x_i / sum_i w_i, per name, over those who sent it. Used on differences.
+
+    >>> one, two = (Update({"x": torch.tensor([v])}, w, {}) for v, w in ((1.0, 3.0), (5.0, 1.0)))
+    >>> mean, who = Mean(), Client("a", {})
+    >>> mean.report(mean.accumulate(mean.accumulate(mean.zero(), who, one), who, two))
+    {'x': tensor([2.], dtype=torch.float64)}
+    """
+
+    streaming = True
+    linear = True
+
+    def zero(self) -> dict[str, Any]:
+        return {"sum": {}, "weight": {}}
+
+    def accumulate(self, acc: Mapping[str, Any], client: Client, update: Update) -> dict[str, Any]:
+        sums, weights, weight = dict(acc["sum"]), dict(acc["weight"]), float(update.weight)
+        for key, value in update.arrays.items():
+            value = value.double()
+            sums[key] = torch.add(sums[key], value, alpha=weight) if key in sums else value * weight
+            weights[key] = weights.get(key, 0.0) + weight
+        return {"sum": sums, "weight": weights}
+
+    def merge(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: _union(a[name], b[name]) for name in ("sum", "weight")}
+
+    def report(self, acc: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {key: total / acc["weight"][key] for key, total in sorted(acc["sum"].items())}
+
+
+def _union(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    both = {**a, **b}
+    return {key: a[key] + b[key] if key in a and key in b else both[key] for key in sorted(both)}
+
+
+@dataclass(frozen=True)
+class Products:
+    """sum_i p_i s_i B_i C_i A_i per site, exact, never mixing factors of two clients; whole parameters as in Mean.
+
+    A site is kept as stacked factors [w_i s_i B_i] and [C_i A_i] while those are smaller than their product, and as the
+    product from then on (always, with ``dense``): memory is bounded by the dense sum. The report is a tree either way:
+    ``site/A, site/B, site/scale = 1``, or ``site/W``.
+    """
+
+    dense: bool = False
+    streaming = True
+    linear = True  # in the lifted update s B C A
+
+    def zero(self) -> dict[str, Any]:
+        return {"weight": 0.0, "sites": {}, "whole": Mean().zero()}
+
+    def accumulate(self, acc: Mapping[str, Any], client: Client, update: Update) -> dict[str, Any]:
+        weight, found = float(update.weight), dict(acc["sites"])
+        for site in sites(update.arrays):
+            if f"{site}/W" in update.arrays:
+                mine = {"sum": weight * update.arrays[f"{site}/W"].double()}
+            else:
+                names = [name for name in ("A", "B", "C", "scale") if f"{site}/{name}" in update.arrays]
+                left, right = factors(
+                    {f"{site}/{name}": update.arrays[f"{site}/{name}"].double() for name in names}, site
+                )
+                mine = {"left": weight * left, "right": right}
+            found[site] = self.join(found[site], mine) if site in found else self.settle(mine)
+        rest = Mean().accumulate(acc["whole"], client, Update(whole(update.arrays), update.weight, {}))
+        return {"weight": acc["weight"] + weight, "sites": found, "whole": rest}
+
+    def join(self, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The sum of two sites' accumulators."""
+        if "left" in a and "left" in b:
+            return self.settle(
+                {"left": torch.cat([a["left"], b["left"]], 1), "right": torch.cat([a["right"], b["right"]])}
+            )
+        if "left" in a:
+            a, b = b, a
+        return {"sum": torch.addmm(a["sum"], b["left"], b["right"]) if "left" in b else a["sum"] + b["sum"]}
+
+    def settle(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The smaller of factors and product."""
+        if "sum" in found:
+            return dict(found)
+        left, right = found["left"], found["right"]
+        if self.dense or left.numel() + right.numel() >= left.shape[0] * right.shape[1]:
+            return {"sum": left @ right}
+        return {"left": left, "right": right}
+
+    def merge(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+        both = {**a["sites"], **b["sites"]}
+        found = {
+            site: self.join(a["sites"][site], b["sites"][site]) if site in a["sites"] and site in b["sites"] else one
+            for site, one in sorted(both.items())
+        }
+        return {"weight": a["weight"] + b["weight"], "sites": found, "whole": Mean().merge(a["whole"], b["whole"])}
+
+    def report(self, acc: Mapping[str, Any]) -> dict[str, Tensor]:
+        tree = Mean().report(acc["whole"])
+        for site, found in sorted(acc["sites"].items()):
+            if "sum" in found:
+                tree[f"{site}/W"] = found["sum"] / acc["weight"]
+            else:
+                tree[f"{site}/A"], tree[f"{site}/B"] = found["right"], found["left"] / acc["weight"]
+                tree[f"{site}/scale"] = torch.ones((), dtype=torch.float64)
+        return tree
+
+
+@dataclass(frozen=True)
+class Collect:
+    """Every update by client id, ``{id: {"arrays", "weight"}}``: for servers that treat clients apart."""
+
+    streaming = False
+    linear = False
+
+    def zero(self) -> dict[str, Any]:
+        return {}
+
+    def accumulate(self, acc: Mapping[str, Any], client: Client, update: Update) -> dict[str, Any]:
+        return self.merge(acc, {client.id: {"arrays": dict(update.arrays), "weight": float(update.weight)}})
+
+    def merge(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+        if twice := set(a) & set(b):
+            raise ValueError(f"folded twice: {sorted(twice)}")
+        return {**a, **b}
+
+    def report(self, acc: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(sorted(acc.items()))
