@@ -1,6 +1,7 @@
 """Pure functions on trees: differences, low-rank products, rank changes, truncated SVD.
 
-Nothing here changes its inputs; results may share tensors with them. A site's change of its base weight is ``dW = s B C A`` (C only where there is one) or ``W``, (out, in).
+Nothing here changes its inputs; results may share tensors with them. A site's change of its base weight is
+``dW = s B C A`` (C only where there is one) or ``W``, (out, in).
 """
 
 from __future__ import annotations
@@ -81,11 +82,11 @@ def zeros(tree: Tree) -> dict[str, Tensor]:
     return {key: torch.zeros_like(value) for key, value in tree.items() if not key.endswith("/scale")}
 
 
-def factors(tree: Tree, site: str) -> tuple[Tensor, Tensor]:
-    """(s B, C A) of a factored site: (out, r), (r, in)."""
-    left, right = tree[f"{site}/B"] * tree[f"{site}/scale"], tree[f"{site}/A"]
-    core = tree.get(f"{site}/C")
-    return left, right if core is None else core @ right
+def factors(tree: Tree, site: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """(s B, C A) of a factored site: (out, r), (r, in); computed in ``dtype`` where one is given."""
+    entries = {name: tree[f"{site}/{name}"].to(dtype) for name in ("A", "B", "C", "scale") if f"{site}/{name}" in tree}
+    left, right = entries["B"] * entries["scale"], entries["A"]
+    return left, entries["C"] @ right if "C" in entries else right
 
 
 def product(tree: Tree, site: str) -> Tensor:
@@ -103,7 +104,7 @@ def frobenius(tree: Tree) -> float:
         if f"{site}/W" in tree:
             total += float(tree[f"{site}/W"].double().square().sum())
         else:
-            left, right = (factor.double() for factor in factors(tree, site))
+            left, right = factors(tree, site, torch.float64)
             total += max(0.0, float(((left.T @ left) * (right @ right.T)).sum()))
     return math.sqrt(total)
 
@@ -164,20 +165,14 @@ def stack(trees: Sequence[Tree], shares: Sequence[float]) -> dict[str, Tensor]:
 
 def svd(tree: Tree, site: str) -> tuple[Tensor, Tensor, Tensor]:
     """U, S, V^T of one site's dW in float64; by QR of the factors where their rank is below half the smaller side."""
-    if f"{site}/A" in tree:
-        left, right = (
-            factor.double() for factor in factors({k: v.double() for k, v in _site(tree, site).items()}, site)
-        )
-        if 2 * left.shape[1] < min(left.shape[0], right.shape[1]):
-            (left, upper), (right, lower) = _qr(left), _qr(right.T)
-            u, s, vt = linalg.svd(upper @ lower.T)
-            return left @ u, s, vt @ right.T
+    if f"{site}/W" in tree:
+        return _svd(tree[f"{site}/W"].double())
+    left, right = factors(tree, site, torch.float64)
+    if 2 * left.shape[1] >= min(left.shape[0], right.shape[1]):
         return _svd(left @ right)
-    return _svd(tree[f"{site}/W"].double())
-
-
-def _site(tree: Tree, site: str) -> dict[str, Tensor]:
-    return {f"{site}/{name}": tree[f"{site}/{name}"] for name in FACTORS if f"{site}/{name}" in tree}
+    (left, upper), (right, lower) = _qr(left), _qr(right.T)
+    u, s, vt = _svd(upper @ lower.T)
+    return left @ u, s, vt @ right.T
 
 
 def _qr(matrix: Tensor) -> tuple[Tensor, Tensor]:

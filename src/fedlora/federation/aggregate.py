@@ -77,10 +77,7 @@ class Products:
             if f"{site}/W" in update.arrays:
                 mine = {"sum": weight * update.arrays[f"{site}/W"].double()}
             else:
-                names = [name for name in ("A", "B", "C", "scale") if f"{site}/{name}" in update.arrays]
-                left, right = factors(
-                    {f"{site}/{name}": update.arrays[f"{site}/{name}"].double() for name in names}, site
-                )
+                left, right = factors(update.arrays, site, torch.float64)
                 mine = {"left": weight * left, "right": right}
             found[site] = self.join(found[site], mine) if site in found else self.settle(mine)
         rest = Mean().accumulate(acc["whole"], client, Update(whole(update.arrays), update.weight, {}))
