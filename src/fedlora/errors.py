@@ -15,3 +15,7 @@ class UserError(Exception):
 
     def __init__(self, problem: str, remedy: str = "") -> None:
         super().__init__(f"{problem}\n  -> {remedy}" if remedy else problem)
+
+
+class Interrupted(Exception):
+    """Ctrl-C during a run: the message says how to resume it."""

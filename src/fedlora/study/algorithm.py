@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from rich.table import Table
 
 from fedlora.algorithms import ALGORITHMS
 from fedlora.errors import UserError
@@ -124,3 +125,17 @@ def _typed(cls: Any, name: str, value: Any) -> Any:
 
 
 _LAX = ConfigDict(arbitrary_types_allowed=True)
+
+
+def catalogue() -> Table:
+    """The table of names: what each algorithm is, and its own parameters with their defaults."""
+    table = Table(title="[algorithm] name = ...", title_justify="left")
+    for heading in ("name", "what", "parameters (defaults)"):
+        table.add_column(heading, overflow="fold")
+    for name in ALGORITHMS:
+        cls = find(name)
+        value = cls()
+        own = [f.name for f in dataclasses.fields(cls) if f.name not in ("training", "extras")]
+        what = (cls.__doc__ or "").strip().splitlines()[0]
+        table.add_row(name, what, ", ".join(f"{field} = {getattr(value, field)!r}" for field in own))
+    return table

@@ -1,0 +1,223 @@
+"""A run from start to end: rounds, scores, checkpoints, and the folder that holds them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlora.errors import Interrupted, UserError
+from fedlora.federation import checkpoint as checkpoints
+from fedlora.federation.rounds import Report, rounds
+from fedlora.federation.spec import Client, stream
+from fedlora.study import folder as files
+from fedlora.study.config import RunConfig, dumps, load, parse
+from fedlora.study.deploy import write_adapters
+from fedlora.study.experiment import Experiment, assemble
+from fedlora.study.progress import Progress
+from fedlora.study.summary import summarise
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its folder, its ``summary.json`` and the lines of its ``metrics.jsonl``."""
+
+    folder: Path
+    summary: Mapping[str, Any]
+    history: tuple[Mapping[str, Any], ...]
+
+
+def run(
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    *,
+    model: Any = None,
+    clients: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    name: str = "run",
+    progress: bool = False,
+    **overrides: Mapping[str, Any],
+) -> Result:
+    """Trains a federation and writes its run folder.
+
+    ``config`` is a run file, nested plain values or a RunConfig; ``overrides`` replace keys of sections
+    (``training={"rounds": 3}``). ``model`` (a transformers model) and ``clients`` ({id: datasets.Dataset}) may be given
+    as objects instead of by name.
+
+    Raises UserError for what the user can put right, Interrupted on Ctrl-C (the run can be resumed).
+    """
+    if not isinstance(config, RunConfig):
+        config = load(config) if isinstance(config, str | Path) else parse(config, "config")
+    if overrides:
+        config = config.replace(**overrides)
+    folder = files.fresh(out or config.output.dir, f"{name}-{files.safe(config.algorithm.name)}")
+    with files.owned(folder):
+        try:
+            experiment = assemble(config, folder, model=model, clients=clients)
+        except BaseException:
+            files.discard_empty(folder)
+            raise
+        (folder / "config.toml").write_text(dumps(experiment.config))
+        return _train(experiment, None, progress)
+
+
+def resume(
+    folder: str | Path,
+    *,
+    rounds: int | None = None,
+    model: Any = None,
+    clients: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> Result:
+    """Goes on with an interrupted run, bit for bit as if it had not stopped; ``rounds`` is a new total."""
+    place = files.existing(folder)
+    with files.owned(place):
+        config = load(place / "config.toml")
+        if rounds is not None:
+            config = config.replace(training={"rounds": rounds})
+        experiment = assemble(config, place, model=model, clients=clients)
+        saved = checkpoints.latest(place / "checkpoints")
+        if saved is not None and int(saved["round"]) > config.training.rounds:
+            raise UserError(
+                f"{place}: the run is at round {saved['round']}, beyond --rounds {rounds}", "give a larger total"
+            )
+        if saved is not None and saved["population"] != experiment.population.digest:
+            raise UserError(
+                f"{place}: the data or its split has changed since the run began (its hash differs)",
+                "restore the files named in config.toml, or start a new run",
+            )
+        (place / "config.toml").write_text(dumps(experiment.config))
+        files.forget_after(place, -1 if saved is None else int(saved["round"]))
+        return _train(experiment, saved, progress)
+
+
+def _train(experiment: Experiment, saved: Mapping[str, Any] | None, progress: bool) -> Result:
+    """The loop around ``rounds``: score, write the line, checkpoint, tell the loop that it is durable."""
+    config, folder = experiment.config, experiment.folder
+    training = config.training
+    with Progress(experiment.fleet, training.rounds, progress) as watched, _resumable(folder):
+        reports = rounds(
+            experiment.algorithm,
+            experiment.spec,
+            watched,
+            total=training.rounds,
+            seed=config.seed,
+            run_id=experiment.run_id,
+            sampler=experiment.sampler,
+            resume=saved,
+        )
+        checkpoint = saved
+        for report, seconds, steps in _timed(reports, experiment):
+            scores = _scores(experiment, report.checkpoint) if _due(report.round, config) else {}
+            line = _line(report, seconds, steps, scores)
+            files.append(folder / "metrics.jsonl", line)
+            watched.done(line)
+            checkpoint = {**report.checkpoint, "population": experiment.population.digest}
+            experiment.flush_memories()
+            checkpoints.save(folder / "checkpoints", checkpoint)
+            report.saved()
+        assert checkpoint is not None  # round 0 is always reported
+        watched.say("scoring")
+        summary = _summary(experiment, checkpoint)
+        watched.say("writing adapters")
+        write_adapters(experiment, checkpoint, summary)
+    files.write_json(folder / "summary.json", summary)
+    return Result(folder, summary, tuple(files.lines(folder / "metrics.jsonl")))
+
+
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped; go on with: fedlora resume {folder}") from None
+
+
+def _timed(reports: Iterator[Report], experiment: Experiment) -> Iterator[tuple[Report, float, int]]:
+    """Each report with the seconds and client-steps that its round took."""
+    while True:
+        start, steps = time.perf_counter(), experiment.learner.steps
+        report = next(reports, None)
+        if report is None:
+            return
+        yield report, time.perf_counter() - start, experiment.learner.steps - steps
+
+
+def _due(round: int, config: RunConfig) -> bool:
+    """Whether a round is scored on the way; the end of a run always is."""
+    every = config.training.eval_every
+    return every > 0 and round % every == 0 and round < config.training.rounds
+
+
+def _scores(experiment: Experiment, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores of a sample of clients, on the way."""
+    clients = list(experiment.judged)
+    count = experiment.config.training.eval_clients
+    if count is not None and count < len(clients):
+        order = stream(experiment.config.seed, "eval", checkpoint["round"])
+        clients = [clients[i] for i in sorted(_permutation(len(clients), order)[:count])]
+    summary = summarise(experiment.evaluate(checkpoint, clients), experiment.metric)
+    personal = {key: summary["personal"][key] for key in ("mean", "std", "worst_decile")}
+    overall = summary["global"]
+    return {"personal": personal, "global": None if overall is None else overall["score"]}
+
+
+def _permutation(count: int, generator: Any) -> list[int]:
+    import torch
+
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def _line(report: Report, seconds: float, steps: int, scores: Mapping[str, Any]) -> dict[str, Any]:
+    """One line of metrics.jsonl."""
+    total, count = report.sums.get("train_loss", (0.0, 0.0))
+    return {
+        "round": report.round,
+        "loss": total / count if count else None,
+        **scores,
+        "participants": len(report.folded),
+        "lost": list(report.lost),
+        "rejected": dict(report.rejected),
+        "bytes": dict(report.bytes),
+        "seconds": seconds,
+        "client_steps": steps,
+        "client_steps_per_second": steps / seconds if steps else 0.0,
+        **({"measures": dict(report.measures)} if report.measures else {}),
+    }
+
+
+def _summary(experiment: Experiment, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """summary.json: final scores of everybody, and totals over the lines of metrics.jsonl."""
+    lines = list(files.lines(experiment.folder / "metrics.jsonl"))
+    seconds = sum(line["seconds"] for line in lines)
+    steps = sum(line["client_steps"] for line in lines)
+    scores = summarise(experiment.evaluate(checkpoint, experiment.judged), experiment.metric)
+    totals = {key: sum(line["bytes"][key] for line in lines) for key in ("up", "down", "setup_up", "setup_down")}
+    return {
+        "algorithm": experiment.config.algorithm.name,
+        "federated": experiment.algorithm.federated,
+        "rounds": int(checkpoint["round"]),
+        "clients": len(experiment.population.clients) - len(experiment.population.unseen),
+        "metric": experiment.metric.name,
+        "higher_is_better": experiment.metric.higher_is_better,
+        **scores,
+        "unseen": _unseen(experiment, checkpoint),
+        "bytes": totals,
+        "seconds": seconds,
+        "client_steps_per_second": steps / seconds if seconds else 0.0,
+        "versions": files.versions(),
+        "data_hash": experiment.population.digest,
+        "seed": experiment.config.seed,
+        "model": experiment.config.model.name,
+    }
+
+
+def _unseen(experiment: Experiment, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Clients outside training: the server's model as it is, and what a newcomer would deploy."""
+    strangers: tuple[Client, ...] = experiment.strangers
+    if not strangers:
+        return None
+    scores = summarise(experiment.evaluate(checkpoint, strangers), experiment.metric)
+    return {"clients": len(strangers), "zero-shot": scores["global"], "few-shot": scores["personal"]}

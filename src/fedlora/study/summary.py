@@ -1,0 +1,80 @@
+"""Scores of a round: from each client's sums to means, spreads and the worst tenth."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedlora.federation.rounds import merge_sums
+from fedlora.federation.spec import Sums
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The task's main score and which way is better."""
+
+    name: str
+    higher_is_better: bool
+
+    def of(self, sums: Sums) -> float | None:
+        """total / count; None without test data."""
+        total, count = sums.get(self.name, (0.0, 0.0))
+        return total / count if count else None
+
+
+def worst_decile(values: Sequence[float], higher_is_better: bool) -> float:
+    """The mean over the worst ceil(N/10) clients.
+
+    >>> worst_decile([0.9, 0.2, 0.5], higher_is_better=True)
+    0.2
+    """
+    worst = sorted(values, reverse=not higher_is_better)[: math.ceil(len(values) / 10)]
+    return statistics.fmean(worst)
+
+
+def spread(per_client: Mapping[str, float | None], metric: Metric) -> dict[str, Any]:
+    """Mean, population standard deviation and worst tenth over the clients that have test data."""
+    values = [value for value in per_client.values() if value is not None]
+    if not values:
+        return {"mean": None, "std": None, "worst_decile": None}
+    return {
+        "mean": statistics.fmean(values),
+        "std": statistics.pstdev(values),
+        "worst_decile": worst_decile(values, metric.higher_is_better),
+    }
+
+
+def summarise(by_client: Mapping[str, Mapping[str, Sums]], metric: Metric) -> dict[str, Any]:
+    """``personal`` (the deployed variant), ``global`` (the union of test data) and every named variant.
+
+    ``by_client`` maps a client to its variants' sums, the deployed one first and "global" (the server's model) by name.
+    """
+    deployed = {name: metric.of(next(iter(sums.values()))) for name, sums in by_client.items() if sums}
+    variants: dict[str, dict[str, Sums]] = {}
+    union: Sums = {}
+    for name, results in by_client.items():
+        for variant, sums in results.items():
+            variants.setdefault(variant, {})[name] = sums
+        if "global" in results:
+            union = merge_sums(union, results["global"])
+    score = metric.of(union)
+    return {
+        "personal": {
+            **spread(deployed, metric),
+            "per_client": {name: value for name, value in deployed.items() if value is not None},
+            "without_test_data": sum(value is None for value in deployed.values()),
+            "variants": {
+                variant: spread({name: metric.of(sums) for name, sums in clients.items()}, metric)
+                for variant, clients in variants.items()
+            },
+        },
+        "global": None if score is None else {"score": score, **_others(union, metric)},
+    }
+
+
+def _others(sums: Sums, metric: Metric) -> dict[str, float]:
+    """The task's further scores."""
+    return {name: total / count for name, (total, count) in sums.items() if count and name != metric.name}
