@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedlora.federation.spec import Tree, stream
+from fedlora.federation.spec import Shape, Tree, stream
 
 FACTORS = ("A", "B", "C", "W", "scale")
 linalg: Any = torch.linalg  # untyped in torch
@@ -222,3 +222,8 @@ def mixture(trees: Mapping[str, Tree], shares: Mapping[str, float]) -> dict[str,
             total = torch.add(total, trees[name][key].double(), alpha=shares[name])
         mixed[key] = total.to(value.dtype)
     return mixed
+
+
+def shapes(tree: Tree) -> dict[str, Shape | None]:
+    """The names and shapes of a tree, as ``Algorithm.expects`` states them."""
+    return {key: tuple(value.shape) for key, value in tree.items()}
