@@ -1,0 +1,150 @@
+"""Examples that are almost the same, so that no copy of a training example is ever tested on.
+
+Two texts are near-copies where they agree after case, punctuation, digits and spacing are dropped, or where MinHash
+puts the Jaccard similarity of their word pairs at 0.75 or more. Long texts are compared by their first and last 128
+words. The cost is linear: each example is compared only with the first one of each of its 8 hash buckets.
+Images are copies where their bytes agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+_NOISE = re.compile(r"[\W\d_]+")
+_HASHES, _BANDS = 32, 8
+_SIMILAR = 0.75
+_EDGE = 128  # words taken from each end of a text
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+
+
+def contents(table: datasets.Dataset) -> Iterator[bytes]:
+    """What each example asks the model to read: the texts (prompt and response together), or the image's bytes."""
+    names = [name for name in table.column_names if name != "label"]
+    for batch in table.data.select(names).to_batches(max_chunksize=1000):
+        columns = [column.to_pylist() for column in batch.columns]
+        for values in zip(*columns, strict=True):
+            if names == ["image"]:
+                yield values[0]["bytes"] or Path(values[0]["path"]).read_bytes()
+            else:
+                yield "\n".join(values).encode()
+
+
+def exact_groups(table: datasets.Dataset) -> np.ndarray:
+    """(rows,) int64: equal numbers for equal images, or for texts that differ in case and spacing alone."""
+    if "image" in table.column_names:
+        return _number(hashlib.sha256(content).digest() for content in contents(table))
+    return _number(" ".join(content.decode().casefold().split()) for content in contents(table))
+
+
+def near_groups(table: datasets.Dataset) -> np.ndarray:
+    """(rows,) int64: equal numbers for near-copies. Deterministic, O(rows) time and memory."""
+    if "image" in table.column_names:
+        return exact_groups(table)
+    return near_copies([content.decode() for content in contents(table)])
+
+
+def near_copies(texts: Sequence[str]) -> np.ndarray:
+    """Group numbers of texts.
+
+    >>> near_copies(["Block 17 is full!", "block 9 is full", "disk is full"]).tolist()
+    [0, 0, 1]
+    """
+    normal = [normalise(text) for text in texts]
+    same = _number(normal)
+    first = np.unique(same, return_index=True)[1]  # sketches of distinct texts only
+    joined = _joined(_sketches([normal[row] for row in first]))
+    return _number(joined[same].tolist())
+
+
+def normalise(text: str) -> str:
+    """Words in lower case without digits and punctuation; the text itself where nothing else would remain.
+
+    >>> normalise("Error 404:  Not_found!"), normalise("12 + 5 = ?")
+    ('error not found', '12 + 5 = ?')
+    """
+    folded = text.casefold()
+    return _NOISE.sub(" ", folded).strip() or " ".join(folded.split())
+
+
+def soften(near: np.ndarray, exact: np.ndarray, client: np.ndarray) -> tuple[np.ndarray, int]:
+    """Groups to split by, and how many near-groups were too large to keep.
+
+    A near-group that holds more than half of some client's rows (one shared template, say) would leave that client
+    nothing to test on: its rows fall back to their exact groups. All arrays are (rows,) int64.
+    """
+    n_clients = int(client.max()) + 1 if len(client) else 0
+    sizes = np.bincount(client, minlength=n_clients)
+    pairs, counts = np.unique(near * n_clients + client, return_counts=True)
+    owner = pairs % n_clients if n_clients else pairs
+    large = np.unique(pairs[(counts > sizes[owner] / 2) & (counts > 1)] // max(n_clients, 1))
+    dissolved = np.isin(near, large)
+    mixed = np.where(dissolved, exact + near.max(initial=0) + 1, near)
+    broken = sum(len(np.unique(exact[near == group])) > 1 for group in large) if len(large) < 10_000 else len(large)
+    return _number(mixed.tolist()), broken
+
+
+def _number(keys: Iterable[object]) -> np.ndarray:
+    """Each key's number in order of first appearance."""
+    seen: dict[object, int] = {}
+    return np.fromiter((seen.setdefault(key, len(seen)) for key in keys), dtype=np.int64)
+
+
+def _sketches(texts: Sequence[str]) -> np.ndarray:
+    """(texts, 32) uint64: MinHash values over word pairs; texts of fewer than four words get values of their own."""
+    numbers: dict[str, int] = {}
+    rng = np.random.default_rng(0)  # the hash functions are fixed: no seed changes who is whose copy
+    factors = rng.integers(0, 2**63, _HASHES, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    sketches = np.empty((len(texts), _HASHES), dtype=np.uint64)
+    for start in range(0, len(texts), 2000):
+        words, ends = [], []
+        for text in texts[start : start + 2000]:
+            split = text.split()
+            split = split if len(split) <= 2 * _EDGE else split[:_EDGE] + split[-_EDGE:]
+            if len(split) < 4:  # too short for similarity to mean anything: equal to itself only
+                split = [f"{start + len(ends)}\n{i}" for i in range(4)]
+            words += [numbers.setdefault(word, len(numbers)) for word in split]
+            ends.append(len(words))
+        ids = np.array(words, dtype=np.uint64) + np.uint64(1)
+        pairs = _scramble(_scramble(ids[:-1]) * np.uint64(3) + ids[1:])
+        begins = np.concatenate([[0], ends[:-1]])
+        edges = np.stack([begins, np.array(ends) - 1], axis=1).ravel()[:-1]  # a pair never spans two texts
+        for k, factor in enumerate(factors):
+            lows = np.minimum.reduceat(_scramble(pairs * factor), edges)
+            sketches[start : start + len(ends), k] = lows[::2]
+    return sketches
+
+
+def _scramble(values: np.ndarray) -> np.ndarray:
+    """A 64-bit mixing step (multiplication wraps by design)."""
+    mixed = values * _MIX
+    mixed ^= mixed >> np.uint64(29)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(32)
+    return mixed
+
+
+def _joined(sketches: np.ndarray) -> np.ndarray:
+    """(texts,) component numbers: each text is linked to the first text of a bucket whose sketch it mostly shares."""
+    n = len(sketches)
+    if n == 0:
+        return np.zeros(0, dtype=np.int64)
+    links = []
+    for band in np.split(sketches, _BANDS, axis=1):
+        key = np.zeros(n, dtype=np.uint64)
+        for column in band.T:
+            key = _scramble(key ^ column)
+        _, first, bucket = np.unique(key, return_index=True, return_inverse=True)
+        leader = first[bucket]
+        rows = np.flatnonzero(leader != np.arange(n))
+        alike = (sketches[rows] == sketches[leader[rows]]).mean(axis=1) >= _SIMILAR
+        links.append(np.stack([rows[alike], leader[rows[alike]]]))
+    a, b = np.concatenate(links, axis=1)
+    return connected_components(coo_array((np.ones(len(a), dtype=bool), (a, b)), shape=(n, n)), directed=False)[1]
