@@ -1,0 +1,104 @@
+"""The one client entry point: what happens to a request, wherever the client lives."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast
+
+from fedlora.federation.algorithm import Algorithm, Reply, Request
+from fedlora.federation.memory import Store
+from fedlora.federation.orders import Features, Fit, Model, Order, Score, Work, scores
+from fedlora.federation.spec import Local, derive
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """An order with its random stream: (run seed, kind of request, round, client, order index)."""
+
+    order: Order
+    seed: int
+    client: str
+
+
+class Executor(Protocol):
+    """What does the work that client programs ask for, of several clients at a time perhaps."""
+
+    def submit(self, job: Job) -> int:
+        """Takes a job; the ticket names its result."""
+        ...
+
+    def advance(self) -> list[tuple[int, Any | Exception]]:
+        """One unit of work; the tickets that it finished with their results (an exception: this job failed)."""
+        ...
+
+    @property
+    def idle(self) -> bool:
+        """No job is waiting or running."""
+        ...
+
+
+Program = Generator[tuple[Job, ...], tuple[Any, ...] | None, Reply]
+"""Yields tuples of jobs, expects tuples of results, returns the reply."""
+
+
+def numbered(work: Work[Any], local: Local, kind: str, trusted: bool = False) -> Generator[tuple[Job, ...], Any, Any]:
+    """Drives a client program: gives every order its stream and refuses what a program may not ask.
+
+    The program is closed however this ends.
+    """
+    answer: Any = None
+    index = 0
+    try:
+        while True:
+            try:
+                asked = work.send(answer)
+            except StopIteration as end:
+                return end.value
+            orders: tuple[Any, ...] = cast(tuple[Any, ...], asked) if isinstance(asked, tuple) else (asked,)
+            for order in orders:
+                if not isinstance(order, (Fit, Score, Features)):
+                    raise TypeError(f"a client program yields Fit, Score or Features, not {type(order).__name__}")
+                if order.split == "test" and not trusted:
+                    raise PermissionError("an algorithm may not touch the test split")
+            jobs = tuple(
+                Job(order, derive(local.run_seed, kind, local.round, local.client.id, index + i), local.client.id)
+                for i, order in enumerate(orders)
+            )
+            index += len(jobs)
+            answers = yield jobs
+            answer = answers if isinstance(asked, tuple) else answers[0]
+    finally:
+        work.close()
+
+
+def handle(algorithm: Algorithm[Any, Any, Any], request: Request, store: Store, local: Local) -> Program:
+    """Answers a request. The new memory is stored before the reply leaves; an evaluation stores nothing.
+
+    An introduction is a function of the client alone: its streams are those of round 0 whenever it runs, at a real
+    introduction, before a first training, or privately for the evaluation of a stranger.
+    """
+    keep = {request.base_version, request.keep_from}
+    echo = (request.run_id, request.kind, request.round)
+    first = replace(local, round=0)
+    if request.kind == "introduce":
+        update, memory = yield from numbered(algorithm.client_init(first), first, "introduce")
+        store.write(request.run_id, request.round, memory, keep)
+        return Reply(*echo, update)
+    if request.base_version is not None:
+        memory = store.read(request.run_id, request.base_version)
+    elif request.kind == "train" and algorithm.introduction is not None:
+        raise ValueError(f"client {local.client.id} was asked to train before its introduction was acknowledged")
+    else:
+        _, memory = yield from numbered(algorithm.client_init(first), first, "introduce")
+    if request.kind == "train":
+        update, memory = yield from numbered(algorithm.client_update(request.payload, memory, local), local, "train")
+        store.write(request.run_id, request.round, memory, keep)
+        return Reply(*echo, update)
+    models = yield from numbered(algorithm.personalize(request.payload, memory, local), local, "evaluate")
+    judged: dict[str, Model] = dict(models)
+    if request.judge is not None:
+        judged["global"] = request.judge  # a later key never moves the first
+    orders = scores(*(Score(model, request.split) for model in judged.values()))
+    results = yield from numbered(orders, local, "score", trusted=True)
+    return Reply(*echo, sums=dict(zip(judged, results)))
