@@ -17,6 +17,8 @@ from fedlora.federation.wire import frame_size
 
 log = logging.getLogger(__name__)
 NOTHING: Tree = {}
+Asked = Mapping[str, Request]
+"""Requests by client id, in sorted order; each is built when it is looked up (see ``Fleet.ask``)."""
 
 
 class Fleet(Protocol):
@@ -26,7 +28,7 @@ class Fleet(Protocol):
         """Who could take part in a round."""
         ...
 
-    def ask(self, requests: Mapping[str, Request]) -> Iterator[tuple[str, Reply | None]]:
+    def ask(self, requests: Asked) -> Iterator[tuple[str, Reply | None]]:
         """The replies as they come, in any order; None: lost. A request is built when it is looked up: look it up
         once, when it is sent, and let go of it."""
         ...
@@ -36,7 +38,7 @@ class Fleet(Protocol):
 class Report:
     """One finished round. ``checkpoint`` is plain values; call ``saved()`` once it is durable.
 
-    ``bytes``: frames of payloads ("down") and updates ("up"); those of introductions apart ("setup_...").
+    ``bytes``: frames of payloads ("down") and updates ("up"); those of introductions apart ("setup_..."). ``measures``: what the server learnt about itself.
     """
 
     round: int
@@ -46,6 +48,7 @@ class Report:
     rejected: Mapping[str, str]
     sums: Sums
     bytes: Mapping[str, int]
+    measures: Mapping[str, float]
     saved: Callable[[], None] = field(repr=False)
 
     @property
@@ -245,6 +248,7 @@ class Server:
             {**setup.rejected, **account.rejected},
             account.sums,
             counts,
+            dict(self.algorithm.measures(self.state)),
             saved,
         )
 
