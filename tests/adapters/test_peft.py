@@ -26,6 +26,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from fedlora.adapters.inject import inject
 from fedlora.adapters.peft import Base, change, describe, fit_to, flatten, read, replacing, to_peft, write
 from fedlora.errors import UserError
 from fedlora.federation.orders import Model, Outputs
@@ -91,6 +92,17 @@ TARGETS = {
     "llama": ("q_proj", "v_proj", "down_proj"),
     "gpt2": ("c_attn", "c_proj"),
 }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_adapted_layers_count_as_what_they_wrap(name: str) -> None:
+    module, base = MODELS[name]()
+    places = shapes(module, base, name)
+    inject(module, {site: module.get_submodule(site) for site in places})
+    again = describe(module, base.name, base.task, base.head)
+    assert list(again.values) == list(base.values)
+    assert again.transposed == base.transposed
+    assert bool(again.transposed) == (name == "gpt2")
 
 
 def shapes(model: nn.Module, base: Base, name: str) -> dict[str, tuple[int, int]]:

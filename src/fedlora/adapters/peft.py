@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedlora.adapters.algebra import product, sites, stack, svd, whole
+from fedlora.adapters.lora import LaneLinear
 from fedlora.errors import UserError
 from fedlora.federation.orders import Model, logits
 from fedlora.federation.spec import Tree
@@ -69,11 +70,16 @@ class Base:
 
 
 def describe(module: nn.Module, name: str, task: str | None = None, head: str = "head") -> Base:
-    """The ``Base`` of a Hugging Face module that carries no adapters."""
-    transposed = frozenset(
-        path for path, layer in cast(Any, module).named_modules() if type(layer).__name__ == "Conv1D"
-    )
-    return Base(name, task, head, module.state_dict(), transposed)
+    """The ``Base`` of a Hugging Face module; adapted layers count as the layer that they wrap."""
+    modules: dict[str, nn.Module] = dict(cast(Any, module).named_modules())
+    wrapped = {path for path, layer in modules.items() if isinstance(layer, LaneLinear)}
+
+    def bare(path: str) -> str:
+        site, _, rest = path.rpartition(".base")
+        return site + rest if site in wrapped else path
+
+    transposed = frozenset(bare(path) for path, layer in modules.items() if type(layer).__name__ == "Conv1D")
+    return Base(name, task, head, {bare(path): value for path, value in module.state_dict().items()}, transposed)
 
 
 def _memory(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
