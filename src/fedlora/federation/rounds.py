@@ -38,7 +38,8 @@ class Fleet(Protocol):
 class Report:
     """One finished round. ``checkpoint`` is plain values; call ``saved()`` once it is durable.
 
-    ``bytes``: frames of payloads ("down") and updates ("up"); those of introductions apart ("setup_..."). ``measures``: what the server learnt about itself.
+    ``bytes``: frames of payloads ("down") and updates ("up"); those of introductions apart ("setup_...").
+    ``measures``: what the server learnt about itself.
     """
 
     round: int
