@@ -44,7 +44,8 @@ HELD_OUT = (
 """Code bases no docstring of which is in the embedded model's pretraining text, in the order the quickstart takes."""
 
 _SKIPPED_FOLDERS = frozenset(
-    "__pycache__ test tests testing idle_test _vendor vendor vendored externals extern thirdparty site-packages".split()
+    {"__pycache__", "site-packages", "test", "tests", "testing", "idle_test"}
+    | {"_vendor", "vendor", "vendored", "externals", "extern", "thirdparty"}
 )
 _MIN_BYTES, _MAX_BYTES, _MAX_LINE = 500, 400_000, 1_000
 _GENERATED = re.compile(r"(auto-?|automatically )?generated (by|from|using)|do not edit", re.IGNORECASE)
@@ -97,7 +98,7 @@ def sources(package: str) -> list[tuple[str, str]]:
     """
     root = locate(package)
     if root is None:
-        raise UserError(f"Package {package!r} is not installed here. Install it or choose another code base.")
+        raise UserError(f"Package {package!r} is not installed here", "install it or choose another code base")
     base = root if root.is_dir() else root.parent
     found: list[tuple[str, str]] = []
     for file in _files(root):
@@ -122,7 +123,7 @@ def docstrings_of(source: str) -> list[str]:
     ['Adds numbers for you.', 'Return the sum of both.']
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # "\d" in other people's strings
+        warnings.simplefilter("ignore")  # "\d" in other people's strings
         try:
             tree = ast.parse(source)
         except (SyntaxError, ValueError, RecursionError):
@@ -151,7 +152,8 @@ def prose(docstring: str) -> str:
         elif block is not None and indent <= block:
             block = None
         doctest = doctest or stripped.startswith(">>>")
-        if fenced or doctest or block is not None or (stripped and not re.search(r"\w", stripped)):
+        in_code = fenced or doctest or (block is not None and stripped)
+        if in_code or (stripped and not re.search(r"\w", stripped)):
             continue
         if stripped.startswith(".. ") and not stripped.startswith((".. note", ".. warning")):
             block = indent
