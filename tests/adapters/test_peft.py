@@ -24,6 +24,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 from fedlora.adapters.inject import inject
@@ -62,6 +64,22 @@ def distilbert() -> tuple[nn.Module, Base]:
     return model, describe(model, "distilbert", "SEQ_CLS", "classifier")
 
 
+def roberta() -> tuple[nn.Module, Base]:
+    """Our head is the last layer of what PEFT replaces as the whole classifier."""
+    torch.manual_seed(1)
+    config = RobertaConfig(
+        initializer_range=SPREAD,
+        vocab_size=50,
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        num_labels=3,
+    )
+    model = RobertaForSequenceClassification(config).eval()
+    return model, describe(model, "roberta", "SEQ_CLS", "classifier.out_proj")
+
+
 def llama() -> tuple[nn.Module, Base]:
     torch.manual_seed(2)
     config = LlamaConfig(
@@ -85,10 +103,11 @@ def gpt2() -> tuple[nn.Module, Base]:
     return model, describe(model, "gpt2", "CAUSAL_LM", "lm_head")
 
 
-MODELS = {f.__name__: f for f in (bert, distilbert, llama, gpt2)}
+MODELS = {f.__name__: f for f in (bert, distilbert, roberta, llama, gpt2)}
 TARGETS = {
     "bert": ("query", "value", "intermediate.dense"),
     "distilbert": ("q_lin", "lin1"),
+    "roberta": ("query", "intermediate.dense"),
     "llama": ("q_proj", "v_proj", "down_proj"),
     "gpt2": ("c_attn", "c_proj"),
 }
@@ -181,7 +200,7 @@ def test_loader_gives_the_logits_of_one_adapter(name: str, core: bool, tmp_path)
     head = {}
     if base.task == "SEQ_CLS":
         head = {"head/weight": torch.randn(3, WIDTH), "head/bias": torch.randn(3)}
-    whole = {f"classifier.{n.removeprefix('head/')}": v for n, v in head.items()}
+    whole = {base.path(n): v for n, v in head.items()}
     check(module, base, Model(tree | head), {s: dense(tree, s) for s in places}, whole, tmp_path)
 
 

@@ -58,8 +58,14 @@ class Base:
         return f"{self.head}.{rest}" if kind == "head" else rest
 
     def module(self, path: str) -> str:
-        """The module that is saved for a parameter path: the whole head, or the parameter's own module."""
-        return self.head if path.startswith(f"{self.head}.") else path.rpartition(".")[0]
+        """The module that is saved for a parameter path: the parameter's own, or what PEFT will replace around it."""
+        own = path.rpartition(".")[0]
+        return next((parent for parent in _parents(path) if parent.endswith(self.replaced)), own)
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """Endings of modules that PEFT replaces unasked."""
+        return CLASSIFIERS if self.task == "SEQ_CLS" else ()
 
     def aliases(self, path: str) -> list[str]:
         """The other paths of a tied parameter."""
@@ -80,6 +86,11 @@ def describe(module: nn.Module, name: str, task: str | None = None, head: str = 
 
     transposed = frozenset(bare(path) for path, layer in modules.items() if type(layer).__name__ == "Conv1D")
     return Base(name, task, head, {bare(path): value for path, value in module.state_dict().items()}, transposed)
+
+
+def _parents(path: str) -> list[str]:
+    """The modules around a parameter, outermost first."""
+    return [path[: dot.start()] for dot in re.finditer(r"\.", path)]
 
 
 def _memory(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
@@ -200,10 +211,8 @@ def _saved(tree: Tree, base: Base) -> tuple[dict[str, Tensor], list[str]]:
     values = {base.path(n): v for n, v in whole(tree).items() if not n.startswith(PRIVATE)}
     values |= {alias: value for path, value in list(values.items()) for alias in base.aliases(path)}
     modules = sorted({base.module(path) for path in values})
-    endings = (*modules, *(CLASSIFIERS if base.task == "SEQ_CLS" else ()))
     for path, own in base.values.items():
-        parents = [path[: m.start()] for m in re.finditer(r"\.", path)]
-        if any(parent.endswith(endings) for parent in parents):
+        if any(parent.endswith((*modules, *base.replaced)) for parent in _parents(path)):
             values.setdefault(path, own)
     return values, modules
 
