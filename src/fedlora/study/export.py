@@ -1,0 +1,376 @@
+"""Deployed models as folders: a plain adapter is a PEFT folder; any other model is parts and code that joins them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fedlora.adapters.algebra import whole
+from fedlora.adapters.lora import LaneLinear, mergeable, merged_weight
+from fedlora.adapters.peft import Base, change, describe, flatten, not_plain, read, replacing, to_peft, write
+from fedlora.errors import UserError
+from fedlora.federation.memory import quoted
+from fedlora.federation.orders import Model, logits
+from fedlora.federation.spec import ModelSpec, Tree
+from fedlora.learning.pooled import PooledClassifier
+from fedlora.study.config import RunConfig, nearest
+
+if TYPE_CHECKING:
+    from fedlora.learning.backbone import Backbone
+
+ABOUT = "fedlora.json"
+GLOBAL, CLIENTS = "global", "clients"
+
+
+@dataclass(frozen=True)
+class About:
+    """What a folder says of its model beyond the weights.
+
+    ``settings``: of the resolved run file what loads the base and encodes an input, see ``settings``. ``recipe``:
+    Python lines that end with ``base = ...``.
+    """
+
+    settings: Mapping[str, Any]
+    labels: tuple[str, ...] = ()
+    algorithm: str = ""
+    client: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    recipe: tuple[str, ...] = ()
+
+
+# -- the base
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """What of a run file a deployed model needs: the model, the adapted layers, and how inputs become tokens."""
+    data = config.data.model_dump(mode="json", include={"text", "image", "prompt", "response", "max_length"})
+    adapter = config.adapter.model_dump(mode="json", include={"targets", "layers"})
+    return {"model": config.model.model_dump(mode="json"), "adapter": adapter, "data": data}
+
+
+def base_of(backbone: Backbone) -> Base:
+    """What a PEFT folder must know of a run's base."""
+    task = {"text-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}.get(backbone.kind)
+    return describe(backbone.module, public_name(backbone.name), task, backbone.head_path)
+
+
+def public_name(name: str) -> str:
+    """The name under which others find a base."""
+    return {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}.get(name, name)
+
+
+def heads(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
+    """The head that every model of a run starts from; saved where a model names no other."""
+    return {name: value for name, value in spec.start(seed).items() if name.startswith("head/")}
+
+
+def recipe(backbone: Backbone) -> tuple[str, ...]:
+    """Python lines that load the base."""
+    name, module = public_name(backbone.name), backbone.module
+    if isinstance(module, PooledClassifier) and module.config.projection is None:
+        return (
+            f"from transformers import {type(module.encoder).__name__}",
+            "from fedlora.learning.pooled import PooledClassifier, PooledConfig",
+            "",
+            f"encoder = {type(module.encoder).__name__}.from_pretrained({name!r})",
+            f"config = PooledConfig(encoder.config, {module.config.pooling!r}, num_labels={len(backbone.labels)})",
+            "base = PooledClassifier(config, encoder)",
+        )
+    arguments = f", num_labels={len(backbone.labels)}, ignore_mismatched_sizes=True" if backbone.labels else ""
+    kind = type(module).__name__
+    return (f"from transformers import {kind}", "", f"base = {kind}.from_pretrained({name!r}{arguments})")
+
+
+def rebuilt(about: About, device: str = "cpu") -> Backbone:
+    """The base that a folder's model sits on, in float32."""
+    from fedlora.learning.backbone import load_backbone
+
+    model, adapter = about.settings["model"], about.settings["adapter"]
+    return load_backbone(
+        model["name"],
+        model["task"],
+        labels=about.labels,
+        pooling=model["pooling"],
+        targets=adapter["targets"],
+        layers=adapter["layers"],
+        device=device,
+    )
+
+
+# -- writing and reading a model
+
+
+def save(folder: str | Path, model: Model, base: Base, about: About, start: Tree | None = None) -> None:
+    """Writes a model as a folder, whole or not at all; one that is there is replaced.
+
+    A plain model (also several adapters with constant weights, and shared changes) is one PEFT adapter, exactly. With a
+    gate, an own ``predict`` or private weights, each part is a PEFT folder of its own and ``fedlora.json`` names the
+    code. ``start``: see ``to_peft``.
+    """
+    with replacing(folder) as fresh:
+        parts = _plain(fresh, model, base, start) if not not_plain(model) else _parts(fresh, model, base, start)
+        content = {"format": 1, **dataclasses.asdict(about), "head": base.head, "model": parts}
+        (fresh / ABOUT).write_text(json.dumps(content, indent=2) + "\n")
+        (fresh / "README.md").write_text(card(about, base, _use_parts() if not_plain(model) else _use_adapter(about)))
+
+
+def _plain(folder: Path, model: Model, base: Base, start: Tree | None) -> dict[str, Any]:
+    write(folder, *to_peft(model, base, start))
+    return {"params": _part(".", {**(start or {}), **flatten(model)})}
+
+
+def _parts(folder: Path, model: Model, base: Base, start: Tree | None) -> dict[str, Any]:
+    """Every part in a folder of its own: params, other-1, ..., shared; and what no adapter holds in extra."""
+    own = {name: value for name, value in model.params.items() if name.startswith(("extra/", "backbone/"))}
+    trees = {"params": {n: v for n, v in model.params.items() if n not in own}}
+    trees |= {f"other-{i}": tree for i, tree in enumerate(model.others, 1)}
+    described: dict[str, Any] = {"others": []}
+    for name, tree in trees.items():
+        write(folder / name, *to_peft(Model(tree), base, start if name == "params" else None))
+        part = _part(name, {**(start or {} if name == "params" else {}), **flatten(Model(tree))})
+        described |= {"params": part} if name == "params" else {"others": [*described["others"], part]}
+    if model.shared:
+        write(folder / "shared", *to_peft(Model({}, shared=model.shared), base))
+        described["shared"] = _part("shared", flatten(Model({}, shared=model.shared)))
+    if own:
+        save_file({n: v.detach().cpu().clone().contiguous() for n, v in own.items()}, folder / "extra.safetensors")
+    return described | {
+        "weights": named(model.weights) if callable(model.weights) else model.weights and list(model.weights),
+        "predict": None if model.predict is logits else named(model.predict),
+        "backbone": model.backbone,
+    }
+
+
+def _part(folder: str, tree: Tree) -> dict[str, Any]:
+    """Where a part is, and which whole parameters of its file are the model's (PEFT wants more in it)."""
+    return {"folder": folder, "whole": sorted(n for n in whole(tree) if not n.startswith("extra/"))}
+
+
+def load(folder: str | Path) -> tuple[Model, About]:
+    """The model of a folder that ``save`` wrote; UserError names what is missing or unknown."""
+    path = Path(folder)
+    content = _content(path)
+    described = content["model"]
+    head = content["head"]
+    extra = path / "extra.safetensors"
+    weights = described.get("weights")
+    model = Model(
+        _read(path, described["params"], head) | (load_file(extra) if extra.exists() else {}),
+        tuple(_read(path, part, head) for part in described.get("others", ())),
+        revived(weights, path) if isinstance(weights, Mapping) else weights and tuple(weights),
+        (_read(path, described["shared"], head),) if "shared" in described else (),
+        described.get("backbone", "base"),
+        revived(described["predict"], path) if described.get("predict") else logits,
+    )
+    fields: dict[str, Any] = {f.name: content[f.name] for f in dataclasses.fields(About)}
+    fields |= {name: tuple(fields[name]) for name in ("labels", "recipe")}
+    return model, About(**fields)
+
+
+def _read(folder: Path, part: Mapping[str, Any], head: str) -> dict[str, Any]:
+    tree = read(folder / part["folder"], head)
+    known = set(part["whole"])
+    return {name: value for name, value in tree.items() if name in known or name not in whole(tree)}
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / ABOUT).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no {ABOUT}", "name a run folder or a folder that `fedlora export` wrote") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder / ABOUT}: not readable as JSON: {error}", "export the model again") from None
+    if content.get("format") != 1:
+        raise UserError(f"{folder / ABOUT}: format {content.get('format')!r} is unknown", "use a newer fedlora")
+    return content
+
+
+# -- code by name
+
+
+def named(code: Any) -> dict[str, Any]:
+    """A module-level function, or a frozen dataclass with plain fields, as a JSON value.
+
+    >>> named(logits)
+    {'code': 'fedlora.federation.orders:logits'}
+    """
+    is_value = dataclasses.is_dataclass(code) and not isinstance(code, type)
+    target: Any = type(code) if is_value else code
+    name = f"{target.__module__}:{target.__qualname__}"
+    if _found(name) is not target:
+        raise UserError(f"{name} cannot be exported: it is not defined at a module's top level", "move it there")
+    if not is_value:
+        return {"code": name}
+    return {"code": name, "fields": {f.name: _field(getattr(code, f.name), name) for f in dataclasses.fields(code)}}
+
+
+def _field(value: Any, place: str) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple | list):
+        return [_field(item, place) for item in value]
+    if callable(value) or dataclasses.is_dataclass(value):
+        return named(value)
+    raise UserError(
+        f"{place} cannot be exported: a field holds a {type(value).__name__}", "keep arrays in params, as extra/..."
+    )
+
+
+def revived(value: Mapping[str, Any], place: str | Path) -> Any:
+    """The inverse of ``named``. Only fedlora's own code and algorithm files loaded before are run: a folder that
+    somebody sent cannot name anything else."""
+    name = str(value["code"])
+    module = name.partition(":")[0]
+    if module.partition(".")[0] == "fedlora":
+        importlib.import_module(module)
+    elif not module.startswith("fedlora_user_") or module not in sys.modules:
+        raise UserError(f"{place}: needs {name}, which is not part of fedlora", "predict from the run folder instead")
+    target = _found(name)
+    if target is None:
+        raise UserError(f"{place}: needs {name}, which this version does not have", "install the version that wrote it")
+    if "fields" not in value:
+        return target
+    return target(**{key: _value(item, place) for key, item in value["fields"].items()})
+
+
+def _value(item: Any, place: str | Path) -> Any:
+    if isinstance(item, list):
+        return tuple(_value(part, place) for part in item)
+    return revived(item, place) if isinstance(item, Mapping) else item
+
+
+def _found(name: str) -> Any:
+    module, _, path = name.partition(":")
+    target: Any = sys.modules.get(module)
+    for part in path.split("."):
+        target = getattr(target, part, None)
+    return target
+
+
+# -- run folders, copies and merges
+
+
+def deployed(folder: str | Path, client: str | None = None) -> Path:
+    """The folder of a client's deployed model (None: the global one) in a run folder; an export is its own."""
+    path = Path(folder)
+    if (path / ABOUT).exists():
+        own = _content(path)["client"]
+        if client is not None and client != own:
+            whose = "the global model" if own is None else f"client {own!r}"
+            raise UserError(f"{path} holds the model of {whose}, not of client {client!r}", "leave --client out")
+        return path
+    adapters = path / "adapters"
+    if not adapters.is_dir():
+        raise UserError(
+            f"{path}: no adapters are there", "name a finished run's folder (`fedlora resume` finishes one)"
+        )
+    written = {_content(p)["client"]: p for p in sorted((adapters / CLIENTS).glob("*")) if (p / ABOUT).exists()}
+    if client is None:
+        if not (adapters / GLOBAL / ABOUT).exists():
+            some = f", for example --client {next(iter(written))!r}" if written else ""
+            raise UserError(f"{path}: this algorithm has no global model", f"name a client{some}")
+        return adapters / GLOBAL
+    place = adapters / CLIENTS / quoted(client)
+    if not (place / ABOUT).exists():
+        raise UserError(
+            f"{path}: no adapter of client {client!r} ({nearest(client, written) if written else 'none were written'})",
+            'clients beyond [output] client_adapters are not written: set it to "all" and run `fedlora resume`',
+        )
+    return place
+
+
+def export(folder: str | Path, to: str | Path, client: str | None = None, merge: bool = False) -> Path:
+    """Copies a deployed model out of a run folder, or (``merge``) writes the base with the change merged in, which
+    transformers loads. ``to`` must be empty or absent."""
+    source, target = deployed(folder, client), Path(to)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--to {target}: exists and is not empty", "name a new folder")
+    with replacing(target) as fresh:
+        if merge:
+            _write_merged(source, fresh)
+        else:
+            shutil.copytree(source, fresh, dirs_exist_ok=True)
+    return target
+
+
+def _write_merged(source: Path, folder: Path) -> None:
+    model, about = load(source)
+    backbone = rebuilt(about)
+    base, module = base_of(backbone), cast(PreTrainedModel, backbone.plain())
+    merged(module, model, base)
+    if about.labels:  # the head's rows are in our order
+        module.config.id2label = dict(enumerate(about.labels))
+        module.config.label2id = {label: i for i, label in enumerate(about.labels)}
+    module.save_pretrained(folder)
+    if backbone.processor is not None:
+        backbone.processor.save_pretrained(folder)
+    (folder / "README.md").write_text(card(about, base, _use_merged(module)))
+
+
+def merged(module: nn.Module, model: Model, base: Base, start: Tree | None = None) -> None:
+    """Puts a plain model's change into a module's own weights: W0 + dW at every site, and the whole parameters."""
+    if reason := not_plain(model):
+        raise UserError(f"this model cannot be merged: {reason}", "export it without --merge")
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for site, delta in change(model).items():
+            layer = module.get_submodule(site)
+            layer = layer.base if isinstance(layer, LaneLinear) else layer
+            if not mergeable(layer):
+                raise UserError(
+                    f"{site} ({type(layer).__name__}) has no weight to merge into", "export without --merge"
+                )
+            weight = merged_weight(layer, delta)
+            layer.get_parameter("weight").copy_(weight.T if site in base.transposed else weight)
+        values = {**(start or {}), **whole(model.params)}
+        for name, value in values.items():
+            if not name.startswith("extra/"):
+                parameters[base.path(name)].copy_(value)
+
+
+# -- the model card
+
+
+def card(about: About, base: Base, use: str) -> str:
+    """README.md of a folder: what it is and how it is used."""
+    who = "the global model" if about.client is None else f"the model of client `{about.client}`"
+    facts = [f"Trained by federated fine-tuning (fedlora, algorithm `{about.algorithm}`) on the base `{base.name}`."]
+    if about.labels:
+        facts.append(f"Labels, in the order of the logits: {', '.join(about.labels)}")
+    if about.metrics:
+        facts.append("\n".join(f"- {name}: {value:.4f}" for name, value in about.metrics.items()))
+    facts = "\n\n".join(facts)
+    head = f"base_model: {json.dumps(base.name)}\ntags: [lora, federated-learning, fedlora]"
+    return f"---\n{head}\n---\n\n# {about.algorithm}: {who}\n\n{facts}\n\n## Use\n\n{use}"
+
+
+SHELL = '```sh\nfedlora predict THIS_FOLDER --text "..."\n```\n'
+
+
+def _use_adapter(about: About) -> str:
+    lines = ("from peft import PeftModel", *about.recipe)
+    load = 'model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()'
+    return "```python\n" + "\n".join((*lines, load)) + f"\n```\n\nor\n\n{SHELL}"
+
+
+def _use_parts() -> str:
+    return f"Several parts, joined by the code that `{ABOUT}` names:\n\n{SHELL}"
+
+
+def _use_merged(module: nn.Module) -> str:
+    name = type(module).__name__
+    source = "fedlora.learning.pooled" if isinstance(module, PooledClassifier) else "transformers"
+    lines = (f"from {source} import {name}", "", f'model = {name}.from_pretrained("THIS_FOLDER").eval()')
+    return "```python\n" + "\n".join(lines) + "\n```\n"
