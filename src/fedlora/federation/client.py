@@ -6,10 +6,11 @@ from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
-from fedlora.federation.algorithm import Algorithm, Reply, Request
+from fedlora.federation.algorithm import Algorithm, Reply, Request, Update
 from fedlora.federation.memory import Store
 from fedlora.federation.orders import Features, Fit, Model, Order, Score, Work, scores
 from fedlora.federation.spec import Local, derive
+from fedlora.federation.wire import canonical
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +73,11 @@ def numbered(work: Work[Any], local: Local, kind: str, trusted: bool = False) ->
         work.close()
 
 
+def sent(update: Update | None) -> Update | None:
+    """The update as a wire would carry it."""
+    return None if update is None else replace(update, arrays=canonical(update.arrays))
+
+
 def handle(algorithm: Algorithm[Any, Any, Any], request: Request, store: Store, local: Local) -> Program:
     """Answers a request. The new memory is stored before the reply leaves; an evaluation stores nothing.
 
@@ -80,11 +86,11 @@ def handle(algorithm: Algorithm[Any, Any, Any], request: Request, store: Store, 
     """
     keep = {request.base_version, request.keep_from}
     echo = (request.run_id, request.kind, request.round)
-    first = replace(local, round=0)
+    first, payload = replace(local, round=0), canonical(request.payload)
     if request.kind == "introduce":
         update, memory = yield from numbered(algorithm.client_init(first), first, "introduce")
         store.write(request.run_id, request.round, memory, keep)
-        return Reply(*echo, update)
+        return Reply(*echo, sent(update))
     if request.base_version is not None:
         memory = store.read(request.run_id, request.base_version)
     elif request.kind == "train" and algorithm.introduction is not None:
@@ -92,10 +98,10 @@ def handle(algorithm: Algorithm[Any, Any, Any], request: Request, store: Store, 
     else:
         _, memory = yield from numbered(algorithm.client_init(first), first, "introduce")
     if request.kind == "train":
-        update, memory = yield from numbered(algorithm.client_update(request.payload, memory, local), local, "train")
+        update, memory = yield from numbered(algorithm.client_update(payload, memory, local), local, "train")
         store.write(request.run_id, request.round, memory, keep)
-        return Reply(*echo, update)
-    models = yield from numbered(algorithm.personalize(request.payload, memory, local), local, "evaluate")
+        return Reply(*echo, sent(update))
+    models = yield from numbered(algorithm.personalize(payload, memory, local), local, "evaluate")
     judged: dict[str, Model] = dict(models)
     if request.judge is not None:
         judged["global"] = request.judge  # a later key never moves the first

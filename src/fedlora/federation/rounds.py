@@ -13,7 +13,7 @@ import torch
 from fedlora.federation.algorithm import Algorithm, Kind, Reply, Request, Update
 from fedlora.federation.sampling import Sampler, cohort
 from fedlora.federation.spec import Client, ModelSpec, Shape, Sums, Tree
-from fedlora.federation.wire import frame_size
+from fedlora.federation.wire import canonical, frame_size
 
 log = logging.getLogger(__name__)
 NOTHING: Tree = {}
@@ -222,7 +222,7 @@ class Server:
             return Account()
         value, account = self.exchange("introduce", round, newcomers)
         if account.folded:
-            self.state = self.algorithm.server_introduce(self.state, value, round)
+            self.state = canonical(self.algorithm.server_introduce(self.state, value, round))
         return account
 
     def train(self, round: int, clients: Sequence[Client]) -> Account:
@@ -231,7 +231,7 @@ class Server:
             clients = [client for client in clients if client.id in self.acked]
         value, account = self.exchange("train", round, clients)
         if account.folded:
-            self.state = self.algorithm.server_update(self.state, value, round)
+            self.state = canonical(self.algorithm.server_update(self.state, value, round))
         return account
 
     def report(self, round: int, setup: Account, account: Account) -> Report:
@@ -274,7 +274,7 @@ def rounds(
     ``buffered``: fold in the order of ids, so that the result does not depend on the order of replies, bit for bit.
     ``max_norm``: a limit on an update's norm (None: none).
     """
-    state = algorithm.server_init(spec, seed) if resume is None else resume["state"]
+    state = canonical(algorithm.server_init(spec, seed)) if resume is None else resume["state"]
     acked: dict[str, int] = {} if resume is None else dict(resume["acked"])
     server = Server(algorithm, spec, fleet, total, run_id, buffered, max_norm, state, acked, dict(acked))
     if resume is None:

@@ -60,6 +60,21 @@ def decode(frame: bytes) -> Any:
     return value
 
 
+def canonical(plain: Any) -> Any:
+    """The value as ``decode(encode(plain))`` gives it, but sharing the tensors that lie flat in memory already.
+
+    Kernels round differently on a transposed view: what a peer or a resumed run would get from bytes is what everybody
+    computes with.
+    """
+    if isinstance(plain, Tensor):
+        return plain.contiguous()
+    if isinstance(plain, Mapping):
+        return {key: canonical(child) for key, child in cast(Mapping[str, Any], plain).items()}
+    if isinstance(plain, (list, tuple)):
+        return [canonical(child) for child in cast(list[Any], plain)]
+    return plain
+
+
 def tensors(plain: Any) -> Iterator[Tensor]:
     """Every tensor in a plain value, in the order of the frame."""
     if isinstance(plain, Tensor):

@@ -1,0 +1,53 @@
+"""One row an algorithm: what is special about it. A new algorithm adds its name here and passes every property."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from conformance.toy import TRAINING, Fleet, make
+from fedlora.algorithms import ALGORITHMS
+from fedlora.federation.orders import Optimizer
+
+SGD = replace(TRAINING, optimizer=Optimizer("sgd", 0.05, 0.9, 1e-3))
+
+
+@dataclass(frozen=True)
+class Row:
+    """``ranks``: what clients of different ranks get. ``private``: backbones may differ. ``learns``: the least mean
+    gain in accuracy over the untrained start. ``shares``: the least mean gain over training alone where data are few
+    and alike (None: it shares nothing, or too little to claim it)."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    ranks: Literal["mixed", "refused", "unused"] = "refused"
+    private: bool = False
+    learns: float = 0.25
+    shares: float | None = None
+
+
+TABLE: Mapping[str, Row] = {
+    "local": Row(ranks="mixed"),
+    "head-only": Row(ranks="unused"),
+    "pooled": Row(ranks="unused"),
+    "fedit": Row(shares=0.03),
+    "ffa-lora": Row(shares=0.03),
+    "fedsa-lora": Row(),
+    "rolora": Row(shares=0.03),
+    "hetlora": Row(ranks="mixed", shares=0.03),
+    "flora": Row(ranks="mixed", shares=0.03),
+    "flexlora": Row(ranks="mixed", shares=0.03),
+    "fdlora": Row(shares=0.03),
+    "pfedlora": Row({"training": SGD}, ranks="unused", private=True),
+    "ce-lora": Row(),
+    "feddpa": Row(),
+    "fml": Row(private=True),
+    "fedproto": Row(ranks="unused", private=True),
+}
+
+
+def world(name: str, **options: Any) -> Fleet:
+    """A fresh fleet for one algorithm; ``algorithm={...}`` changes its fields, the rest is the world's."""
+    row = TABLE[name]
+    chosen = {"training": TRAINING, **row.options, **options.pop("algorithm", {})}
+    return make(ALGORITHMS[name](**chosen), mixed=row.ranks == "mixed", private=row.private, **options)
