@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 import types
+from pathlib import Path
 
 import peft
 import pytest
@@ -16,8 +17,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
 )
 
 from fedlora.adapters.algebra import product, sites
@@ -26,7 +29,23 @@ from fedlora.errors import UserError
 from fedlora.federation.memory import quoted
 from fedlora.federation.orders import Model, Outputs, logits
 from fedlora.federation.spec import Tree
-from fedlora.study.export import About, deployed, export, load, merged, named, revived, save
+from fedlora.learning.backbone import load_backbone
+from fedlora.study.config import parse
+from fedlora.study.export import (
+    About,
+    base_of,
+    deployed,
+    export,
+    heads,
+    load,
+    merged,
+    named,
+    recipe,
+    revived,
+    save,
+)
+from fedlora.study.export import settings as run_settings
+from fedlora.study.predict import predict, scores, stacked
 
 WIDTH = 16
 SITES = [f"bert.encoder.layer.{i}.attention.self.{name}" for i in range(2) for name in ("query", "value")]
@@ -250,3 +269,171 @@ def test_gates_and_predictions_are_not_merged(user_code) -> None:
     module, base = bert()
     with pytest.raises(UserError, match="without --merge"):
         merged(module, Model(adapter(0), (adapter(1),), user_code.halves), base)
+
+
+# -- with a whole base on disk
+
+
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "mat",
+    "log",
+    "far",
+    "away",
+    "and",
+    "home",
+    "is",
+    "it",
+    "good",
+    "bad",
+]
+LABELS = ("no", "yes", "maybe")
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[EOS]", *WORDS])}
+    plain = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]", model_max_length=32
+    )
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    BertModel(BertConfig(initializer_range=0.3, vocab_size=len(WORDS) + 3, **sizes)).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("decoder")
+    torch.manual_seed(0)
+    config = GPT2Config(
+        initializer_range=0.3,
+        vocab_size=len(WORDS) + 3,
+        n_embd=WIDTH,
+        n_layer=2,
+        n_head=2,
+        n_positions=32,
+        bos_token_id=2,
+        eos_token_id=2,
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def about_of(name: Path, task: str, labels: tuple[str, ...], backbone) -> About:
+    text = {"train": "x.jsonl", "text": "text"} | ({"label": "label"} if labels else {})
+    config = parse(
+        {"model": {"name": str(name), "task": task}, "data": text, "algorithm": {"name": "fedit"}}, "the test"
+    )
+    return About(run_settings(config), labels, "fedit", None, {}, recipe(backbone))
+
+
+def tuned(backbone, spread: float = 0.3) -> dict[str, Tensor]:
+    """An adapter and a head that have been trained: nothing is zero."""
+    spec = backbone.spec(3, 6.0)
+    tree = spec.adapter(spec.ranks, 1) | heads(spec, 1)
+    return {n: v + spread * torch.randn(v.shape) if n.endswith("/B") else v for n, v in tree.items()}
+
+
+TEXTS = ["the cat sat on the mat", "bad dog", "it ran far away and is home"]
+
+
+def test_a_classifier_from_training_to_peft_and_transformers(encoder, tmp_path) -> None:
+    """Backbone, export, the card's own recipe, the merged model and predict: one set of probabilities."""
+    backbone = load_backbone(encoder, "text-classification", labels=LABELS)
+    params = tuned(backbone)
+    save(tmp_path / "a", Model(params), base_of(backbone), about_of(encoder, "text-classification", LABELS, backbone))
+    answers = predict(tmp_path / "a", TEXTS)
+    wanted = torch.tensor([[a.probabilities[label] for label in LABELS] for a in answers])
+
+    # by hand: dense weights on a copy of the base, mean over tokens, head
+    copied = BertModel.from_pretrained(encoder).eval()
+    inputs = tokenizer()(TEXTS, padding=True, return_tensors="pt")
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    for site in sites(params):
+        layer = copied.get_submodule(site.removeprefix("encoder."))
+        layer.weight.data += params[f"{site}/scale"] * params[f"{site}/B"] @ params[f"{site}/A"]
+    with torch.no_grad():
+        hidden, mask = copied(**inputs).last_hidden_state, inputs["attention_mask"].unsqueeze(-1)
+        pooled = (hidden * mask).sum(1) / mask.sum(1)
+        by_hand = (pooled @ params["head/weight"].T + params["head/bias"]).softmax(-1)
+    torch.testing.assert_close(wanted, by_hand, rtol=1e-5, atol=1e-5)
+    assert answers[0].label == LABELS[int(by_hand[0].argmax())]
+
+    # the lines of the model card
+    code = (tmp_path / "a" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(code.replace("THIS_FOLDER", str(tmp_path / "a")), names)
+    with torch.no_grad():
+        torch.testing.assert_close(names["model"](**inputs).logits.softmax(-1), by_hand, rtol=1e-5, atol=1e-5)
+
+    export(tmp_path / "a", tmp_path / "merged", merge=True)
+    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert [whole.config.id2label[i] for i in range(3)] == list(LABELS)
+    with torch.no_grad():
+        torch.testing.assert_close(whole(**inputs).logits.softmax(-1), by_hand, rtol=1e-5, atol=1e-5)
+    code = (tmp_path / "merged" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(code.replace("THIS_FOLDER", str(tmp_path / "merged")), names)
+    assert torch.equal(names["model"].head.weight, params["head/weight"])
+
+
+def test_a_model_with_parts_predicts_as_before(encoder, tmp_path, user_code) -> None:
+    """Two adapters under a gate, a shared change and an own prediction: equal logits after a round trip."""
+    backbone = load_backbone(encoder, "text-classification", labels=LABELS)
+    torch.manual_seed(3)
+    first, other, shared = (tuned(backbone) for _ in range(3))
+    model = Model(
+        first | {"extra/shift": torch.randn(3)},
+        ({n: v for n, v in other.items() if not n.startswith("head/")},),
+        user_code.halves,
+        ({n: v for n, v in shared.items() if not n.startswith("head/")},),
+        predict=Temperature(2.0),
+    )
+    save(tmp_path / "a", model, base_of(backbone), about_of(encoder, "text-classification", LABELS, backbone))
+    inputs = tokenizer()(TEXTS, padding=True, return_tensors="pt")
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    before = scores(stacked(backbone, model), model, inputs).softmax(-1)
+    after = torch.tensor([list(a.probabilities.values()) for a in predict(tmp_path / "a", TEXTS)])
+    torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="without --merge"):
+        export(tmp_path / "a", tmp_path / "merged", merge=True)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT's hint
+def test_a_language_model_goes_on_greedily(decoder, tmp_path) -> None:
+    backbone = load_backbone(decoder, "causal-lm")
+    torch.manual_seed(4)
+    params = tuned(backbone) | {"norm/transformer.ln_f.bias": torch.randn(WIDTH)}
+    save(tmp_path / "a", Model(params), base_of(backbone), about_of(decoder, "causal-lm", (), backbone))
+    export(tmp_path / "a", tmp_path / "merged", merge=True)
+    whole = GPT2LMHeadModel.from_pretrained(tmp_path / "merged").eval()
+    plain = GPT2LMHeadModel.from_pretrained(decoder).eval()
+    by_peft = peft.PeftModel.from_pretrained(plain, tmp_path / "a").eval()
+    for text, answer in zip(TEXTS, predict(tmp_path / "a", TEXTS, max_new_tokens=6)):
+        ids = tokenizer()(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            torch.testing.assert_close(by_peft(input_ids=ids).logits, whole(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+            for _ in range(6):
+                step = whole(input_ids=ids).logits[:, -1].argmax(-1, keepdim=True)
+                ids = torch.cat([ids, step], 1)
+                if int(step) == 2:
+                    break
+        wanted = tokenizer().decode(ids[0, len(text.split()) :], skip_special_tokens=True)
+        assert isinstance(answer, str)
+        assert answer == wanted
