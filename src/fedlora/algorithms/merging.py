@@ -1,0 +1,271 @@
+"""Ways to merge adapters on the server, as values that algorithms are given; and what algorithms demand of clients.
+
+An average of factors is not the average of products: ``mean(B_i) mean(A_i) != mean(B_i A_i)``. ``Average`` and
+``Bucket`` live with it, ``Svd`` (FlexLoRA) does not. Whole parameters are n_i-weighted means in all three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fedlora.adapters.algebra import (
+    adapter,
+    add,
+    cast,
+    difference,
+    ranks,
+    sites,
+    truncate,
+    whole,
+    zeros,
+)
+from fedlora.errors import UserError
+from fedlora.federation.aggregate import Mean, Products
+from fedlora.federation.algorithm import Aggregator
+from fedlora.federation.orders import Model
+from fedlora.federation.spec import Client, Extras, ModelSpec, Tree, derive
+
+State = Mapping[str, Any]
+
+
+class Unsuitable(UserError, ValueError):
+    """An algorithm that cannot run on this model or with these clients."""
+
+
+def equal_ranks(tree: Tree, client: Client, name: str, remedy: str = "use flexlora, flora or hetlora") -> None:
+    """Refuses a client whose ranks (clamped to the sites' sizes) are not those of the server's adapter."""
+    held = ranks(tree)
+    sizes = {site: (tree[f"{site}/A"].shape[1], tree[f"{site}/B"].shape[0]) for site in held}
+    own = {site: min(client.ranks[site], *sizes[site]) for site in held}
+    if own != held:
+        first = next(site for site in held if own[site] != held[site])
+        raise Unsuitable(
+            f"{name}: ranks must be equal, but client {client.id!r} has rank {own[first]} at {first!r}, "
+            f"the server {held[first]}",
+            f"give every client the same rank, or {remedy}",
+        )
+
+
+def needs_labels(spec: ModelSpec, name: str) -> None:
+    """Refuses a task without classes."""
+    if not spec.labels:
+        raise Unsuitable(f"{name} needs a task with labels, and this one has none", "use a classification task")
+
+
+def start(spec: ModelSpec, seed: int, extras: Extras) -> dict[str, Tensor]:
+    """What a server of averages starts from: the adapter at the largest ranks and the whole parameters that travel."""
+    return spec.adapter(spec.ranks, seed) | extras.travelling(spec.start(seed))
+
+
+def scaling(spec: ModelSpec) -> dict[str, Any]:
+    """The rule of scales as plain values, for states."""
+    return {"alpha": float(spec.alpha), "rule": spec.scaling, "ranks": dict(spec.ranks)}
+
+
+def sliced(tree: Tree, client: Client, rule: State) -> dict[str, Tensor]:
+    """An adapter as a client of smaller ranks receives it: the first rows of A and columns of B, at the client's scale.
+
+    ``s_r B A`` of what is served is ``s B[:, :r] A[:r]`` of what is held. Where scales agree nothing is copied: a
+    thousand clients are served views.
+    """
+    wanted = {site: min(client.ranks[site], rank) for site, rank in ranks(tree).items()}
+    largest = rule["ranks"] if rule["rule"] == "shared" else wanted
+    served: dict[str, Tensor] = {}
+    for site, rank in wanted.items():
+        left, scale = tree[f"{site}/B"][:, :rank], tree[f"{site}/scale"]
+        own = torch.tensor(rule["alpha"] / largest[site], dtype=scale.dtype)
+        served[f"{site}/A"] = tree[f"{site}/A"][:rank]
+        served[f"{site}/B"] = left if torch.equal(own, scale) else left * (scale / own)
+        served[f"{site}/scale"] = own
+    return served
+
+
+class Merging(Protocol):
+    """How updates become the server's next adapter, and what each client receives of it."""
+
+    @property
+    def served(self) -> str:
+        """The name of what a client receives, as a variant."""
+        ...
+
+    @property
+    def aggregator(self) -> Aggregator[Any, Tree]: ...
+    def init(self, spec: ModelSpec, seed: int, extras: Extras) -> State: ...
+    def serve(self, state: State, client: Client) -> Tree: ...
+    def send(self, tuned: Tree, payload: Tree) -> dict[str, Tensor]:
+        """What a client sends after training what it received."""
+        ...
+
+    def update(self, state: State, value: Tree, round: int) -> State: ...
+    def model(self, state: State) -> Model:
+        """The server's model."""
+        ...
+
+    def measures(self, state: State) -> Mapping[str, float]: ...
+
+
+@dataclass(frozen=True)
+class Average:
+    """A and B averaged separately: ``A <- A + sum p_i (A_i - A)``, B likewise. Equal ranks.
+
+    State: the tree. Sent: differences from what was received.
+    """
+
+    @property
+    def served(self) -> str:
+        return "global"
+
+    @property
+    def aggregator(self) -> Mean:
+        return Mean()
+
+    def init(self, spec: ModelSpec, seed: int, extras: Extras) -> State:
+        return start(spec, seed, extras)
+
+    def serve(self, state: State, client: Client) -> Tree:
+        equal_ranks(state, client, "averaging factors", "use merge = 'svd' or flexlora")
+        return state
+
+    def send(self, tuned: Tree, payload: Tree) -> dict[str, Tensor]:
+        return difference(tuned, payload)
+
+    def update(self, state: State, value: Tree, round: int) -> State:
+        return add(state, value)
+
+    def model(self, state: State) -> Model:
+        return Model(state)
+
+    def measures(self, state: State) -> Mapping[str, float]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Bucket(Average):
+    """``Average`` with everyone at the smallest client's rank: what larger clients could hold is not used."""
+
+    rank: int | None = None
+
+    def init(self, spec: ModelSpec, seed: int, extras: Extras) -> State:
+        if self.rank is None:
+            raise Unsuitable("merge = 'bucket' needs the rank that every client can hold", "set bucket_rank to it")
+        small = {site: min(self.rank, largest) for site, largest in spec.ranks.items()}
+        return spec.adapter(small, seed) | extras.travelling(spec.start(seed))
+
+    def serve(self, state: State, client: Client) -> Tree:
+        for site, rank in ranks(state).items():
+            if client.ranks[site] < rank:
+                raise Unsuitable(
+                    f"client {client.id!r} has rank {client.ranks[site]} at {site!r}, below the bucket's {rank}",
+                    f"set bucket_rank = {client.ranks[site]}",
+                )
+        return state
+
+
+@dataclass(frozen=True)
+class Svd:
+    """FlexLoRA: ``dW = sum p_i s_i B_i A_i``, exact; a client of rank r is served its best rank-r approximation.
+
+    ``A = V_r^T`` (orthonormal rows), ``B = U_r S_r / s_r``. One decomposition a round, at the largest rank: smaller
+    clients get a slice of it. Rows without a singular value come from a seeded completion and signs are fixed, so that
+    the order of replies decides nothing. "Global" is dW itself, undecomposed.
+
+    State: ``served`` (A, B at the largest ranks), ``exact`` (dW, stacked factors or dense), ``whole``, ``error`` (share
+    of |dW| that the largest rank cannot hold, per site). Sent: factors as values, whole parameters as differences.
+    """
+
+    @property
+    def served(self) -> str:
+        return "truncated"
+
+    @property
+    def aggregator(self) -> Products:
+        return Products()
+
+    def init(self, spec: ModelSpec, seed: int, extras: Extras) -> State:
+        first = spec.adapter(spec.ranks, seed)
+        return {
+            "seed": seed,
+            "scaling": scaling(spec),
+            "served": first,
+            "exact": first,
+            "whole": extras.travelling(spec.start(seed)),
+            "error": dict.fromkeys(spec.sites, 0.0),
+        }
+
+    def serve(self, state: State, client: Client) -> Tree:
+        return sliced(state["served"], client, state["scaling"]) | state["whole"]
+
+    def send(self, tuned: Tree, payload: Tree) -> dict[str, Tensor]:
+        return {key: tuned[key] for key in adapter(payload)} | difference(tuned, whole(payload))
+
+    def update(self, state: State, value: Tree, round: int) -> State:
+        served, errors = dict(state["served"]), dict(state["error"])
+        for site in sites(value):
+            held = served[f"{site}/A"]
+            right, left, errors[site] = truncate(value, site, held.shape[0], derive(state["seed"], round, site))
+            left = left / served[f"{site}/scale"].double()
+            served |= cast({f"{site}/A": right, f"{site}/B": left}, held.dtype)
+        dtype = next(iter(served.values())).dtype
+        exact = cast(adapter(value), dtype)
+        return {**state, "served": served, "exact": exact, "whole": add(state["whole"], whole(value)), "error": errors}
+
+    def model(self, state: State) -> Model:
+        return Model(state["whole"], shared=(state["exact"],))
+
+    def measures(self, state: State) -> Mapping[str, float]:
+        return {f"truncation/{site}": error for site, error in state["error"].items()}
+
+
+Second = Callable[[Tensor, Tensor, float], Tensor]
+
+
+def adam(moment: Tensor, change: Tensor, beta: float) -> Tensor:
+    """v <- beta v + (1 - beta) d^2."""
+    return beta * moment + (1 - beta) * change.square()
+
+
+def yogi(moment: Tensor, change: Tensor, beta: float) -> Tensor:
+    """v <- v - (1 - beta) d^2 sign(v - d^2)."""
+    return moment - (1 - beta) * change.square() * (moment - change.square()).sign()
+
+
+@dataclass(frozen=True)
+class Server:
+    """How a server steps along a round's mean difference d (FedAvgM 1909.06335, FedOpt 2003.00295), in float64.
+
+    ``m <- beta m + gain d``, then ``step = lr m``, or with a second moment ``step = lr m / (sqrt(v) + tau)``, where v
+    starts at tau^2. No bias correction, as published.
+    """
+
+    lr: float = 1.0
+    beta: float = 0.0
+    gain: float = 1.0
+    second: Second | None = None
+    beta2: float = 0.0
+    tau: float = 0.0
+
+    def init(self, tree: Tree) -> dict[str, Any]:
+        """The moments before the first round; nothing where nothing is remembered."""
+        nothing = cast(zeros(tree), torch.float64)
+        return {
+            "m": nothing if self.beta else {},
+            "v": {key: value + self.tau**2 for key, value in nothing.items()} if self.second else {},
+        }
+
+    def step(self, moments: Mapping[str, Any], change: Tree) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The step, and the new moments."""
+        change = cast(change, torch.float64)
+        first = {key: self.gain * value for key, value in change.items()}
+        if self.beta:
+            first = {key: self.beta * moments["m"][key] + value for key, value in first.items()}
+        kept = first if self.beta else {}
+        if self.second is None:
+            return {key: self.lr * value for key, value in first.items()}, {"m": kept, "v": {}}
+        second = {key: self.second(moments["v"][key], value, self.beta2) for key, value in change.items()}
+        step = {key: self.lr * value / (second[key].sqrt() + self.tau) for key, value in first.items()}
+        return step, {"m": kept, "v": second}
