@@ -1,0 +1,50 @@
+"""The table of names: ``[algorithm] name`` -> class, imported when asked for.
+
+Adding an algorithm is one file here, one row below and one reference test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Any
+
+TABLE: Mapping[str, tuple[str, str]] = {
+    "local": ("local:LocalOnly", "each client alone, epochs chosen by validation"),
+    "head-only": ("head_only:HeadOnly", "a linear head on the frozen base, averaged or private"),
+    "pooled": ("pooled:Pooled", "all data in one place: an upper bound, not federated"),
+    "fedit": ("fedit:FedIT", "FedAvg on LoRA, with FedProx, server optimisers, fine-tuning and class priors"),
+    "ffa-lora": ("ffa_lora:FFALoRA", "A frozen at a shared random start, B averaged"),
+    "fedsa-lora": ("fedsa_lora:FedSALoRA", "A averaged, B private"),
+    "rolora": ("rolora:RoLoRA", "rounds alternate between B and A"),
+    "hetlora": ("hetlora:HetLoRA", "mixed ranks: padded, weighted by the update's size, truncated"),
+    "flora": ("flora:FLoRA", "mixed ranks: stacked and merged exactly into the base every round"),
+    "flexlora": ("flexlora:FlexLoRA", "mixed ranks: the exact sum, redistributed by truncated SVD"),
+    "fdlora": ("fdlora:FDLoRA", "a personal and a global adapter, fused per client without gradients"),
+    "pfedlora": ("pfedlora:PFedLoRA", "private backbones, one small shared adapter on the representation"),
+    "ce-lora": ("ce_lora:CELoRA", "tri-factor adapters: only the r x r core travels, mixed per client"),
+    "feddpa": ("feddpa:FedDPA", "a local beside the global adapter, weighted per example"),
+    "fml": ("fml:FML", "a private and a shared model that teach each other"),
+    "fedproto": ("fedproto:FedProto", "private models pulled towards shared class prototypes"),
+}
+"""name -> (module:class, one line)."""
+
+DESCRIPTIONS: Mapping[str, str] = {name: line for name, (_, line) in TABLE.items()}
+
+
+class _Algorithms(Mapping[str, type[Any]]):
+    """The classes; a module is imported when its class is first asked for (importing torch takes seconds)."""
+
+    def __getitem__(self, name: str) -> type[Any]:
+        module, _, cls = TABLE[name][0].partition(":")
+        found: type[Any] = getattr(import_module(f"{__name__}.{module}"), cls)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(TABLE)
+
+    def __len__(self) -> int:
+        return len(TABLE)
+
+
+ALGORITHMS: Mapping[str, type[Any]] = _Algorithms()
