@@ -44,16 +44,23 @@ def latest(folder: Path | str) -> dict[str, Any] | None:
     """The newest whole checkpoint; None where there never was one. A UserError where all are damaged."""
     manifests = sorted(Path(folder).glob("*.json"), reverse=True)
     for path in manifests:
-        try:
-            manifest = json.loads(path.read_bytes())
+        manifest = _read(path)
+        if manifest is not None:
             frame = (path.parent / manifest["file"]).read_bytes()
             if hashlib.sha256(frame).hexdigest() == manifest["sha256"]:
                 return decode(frame)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
     if manifests:
         raise UserError(f"{folder}: every checkpoint is damaged", "start the run anew in another folder")
     return None
+
+
+def _read(path: Path) -> dict[str, str] | None:
+    """A manifest whose file is there."""
+    try:
+        manifest = json.loads(path.read_bytes())
+        return manifest if (path.parent / manifest["file"]).is_file() and manifest["sha256"] else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _place(path: Path, content: bytes) -> None:
@@ -67,11 +74,14 @@ def _place(path: Path, content: bytes) -> None:
 
 
 def _tidy(folder: Path) -> None:
-    """Removes all but the last manifests, then what no manifest names."""
-    manifests = sorted(folder.glob("*.json"), reverse=True)
-    for path in manifests[KEPT:]:
-        path.unlink()
-    named = {json.loads(path.read_bytes())["file"] for path in manifests[:KEPT]}
+    """Removes all but the last readable manifests, then what no manifest names."""
+    named: set[str] = set()
+    for path in sorted(folder.glob("*.json"), reverse=True):
+        manifest = _read(path)
+        if manifest is None or len(named) == KEPT:
+            path.unlink()
+        else:
+            named.add(manifest["file"])
     for path in [*folder.glob("*.safetensors"), *folder.glob("*.tmp")]:
         if path.name not in named:
             path.unlink()

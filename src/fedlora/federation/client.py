@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast
 from fedlora.federation.algorithm import Algorithm, Reply, Request, Update
 from fedlora.federation.memory import Store
 from fedlora.federation.orders import Features, Fit, Model, Order, Score, Work, scores
-from fedlora.federation.spec import Local, derive
+from fedlora.federation.spec import Local, Sums, derive
 from fedlora.federation.wire import canonical
 
 
@@ -91,20 +91,41 @@ def handle(algorithm: Algorithm[Any, Any, Any], request: Request, store: Store, 
         update, memory = yield from numbered(algorithm.client_init(first), first, "introduce")
         store.write(request.run_id, request.round, memory, keep)
         return Reply(*echo, sent(update))
-    if request.base_version is not None:
-        memory = store.read(request.run_id, request.base_version)
-    elif request.kind == "train" and algorithm.introduction is not None:
+    if request.kind == "evaluate":
+        return Reply(*echo, sums=(yield from evaluated(algorithm, request, store, local)))
+    if request.base_version is None and algorithm.introduction is not None:
         raise ValueError(f"client {local.client.id} was asked to train before its introduction was acknowledged")
-    else:
-        _, memory = yield from numbered(algorithm.client_init(first), first, "introduce")
-    if request.kind == "train":
-        update, memory = yield from numbered(algorithm.client_update(payload, memory, local), local, "train")
-        store.write(request.run_id, request.round, memory, keep)
-        return Reply(*echo, sent(update))
-    models = yield from numbered(algorithm.personalize(payload, memory, local), local, "evaluate")
-    judged: dict[str, Model] = dict(models)
+    memory = yield from remembered(algorithm, request, store, local)
+    update, memory = yield from numbered(algorithm.client_update(payload, memory, local), local, "train")
+    store.write(request.run_id, request.round, memory, keep)
+    return Reply(*echo, sent(update))
+
+
+def remembered(algorithm: Algorithm[Any, Any, Any], request: Request, store: Store, local: Local) -> Work[Any]:
+    """The memory that a request starts from; a client without one gets its first, which nobody stores."""
+    if request.base_version is not None:
+        return store.read(request.run_id, request.base_version)
+    first = replace(local, round=0)
+    _, memory = yield from numbered(algorithm.client_init(first), first, "introduce")
+    return memory
+
+
+def personalized(
+    algorithm: Algorithm[Any, Any, Any], request: Request, store: Store, local: Local
+) -> Work[dict[str, Model]]:
+    """The models that an evaluation request is about, by variant, the deployed one first."""
+    memory = yield from remembered(algorithm, request, store, local)
+    payload = canonical(request.payload)
+    return dict((yield from numbered(algorithm.personalize(payload, memory, local), local, "evaluate")))
+
+
+def evaluated(
+    algorithm: Algorithm[Any, Any, Any], request: Request, store: Store, local: Local
+) -> Work[dict[str, Sums]]:
+    """The sums of every variant, and of the server's model as "global"."""
+    judged = yield from personalized(algorithm, request, store, local)
     if request.judge is not None:
         judged["global"] = request.judge  # a later key never moves the first
     orders = scores(*(Score(model, request.split) for model in judged.values()))
     results = yield from numbered(orders, local, "score", trusted=True)
-    return Reply(*echo, sums=dict(zip(judged, results)))
+    return dict(zip(judged, results))
