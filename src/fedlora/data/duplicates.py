@@ -1,7 +1,7 @@
 """Examples that are almost the same, so that no copy of a training example is ever tested on.
 
 Two texts are near-copies where they agree after case, punctuation, digits and spacing are dropped, or where MinHash
-puts the Jaccard similarity of their word pairs at 0.75 or more. Long texts are compared by their first and last 128
+puts the Jaccard similarity of their word pairs at 0.75 or more. Long texts are compared by their first and last 64
 words. The cost is linear: each example is compared only with the first one of each of its 8 hash buckets.
 Images are copies where their bytes agree.
 """
@@ -21,7 +21,7 @@ from scipy.sparse.csgraph import connected_components
 _NOISE = re.compile(r"[\W\d_]+")
 _HASHES, _BANDS = 32, 8
 _SIMILAR = 0.75
-_EDGE = 128  # words taken from each end of a text
+_EDGE = 64  # words taken from each end of a text
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -41,27 +41,33 @@ def exact_groups(table: datasets.Dataset) -> np.ndarray:
     """(rows,) int64: equal numbers for equal images, or for texts that differ in case and spacing alone."""
     if "image" in table.column_names:
         return _number(hashlib.sha256(content).digest() for content in contents(table))
-    return _number(" ".join(content.decode().casefold().split()) for content in contents(table))
+    return _number(_key(" ".join(content.decode().casefold().split())) for content in contents(table))
 
 
 def near_groups(table: datasets.Dataset) -> np.ndarray:
     """(rows,) int64: equal numbers for near-copies. Deterministic, O(rows) time and memory."""
     if "image" in table.column_names:
         return exact_groups(table)
-    return near_copies([content.decode() for content in contents(table)])
+    return near_copies(content.decode() for content in contents(table))
 
 
-def near_copies(texts: Sequence[str]) -> np.ndarray:
+def near_copies(texts: Iterable[str]) -> np.ndarray:
     """Group numbers of texts.
 
     >>> near_copies(["Block 17 is full!", "block 9 is full", "disk is full"]).tolist()
     [0, 0, 1]
     """
-    normal = [normalise(text) for text in texts]
-    same = _number(normal)
-    first = np.unique(same, return_index=True)[1]  # sketches of distinct texts only
-    joined = _joined(_sketches([normal[row] for row in first]))
-    return _number(joined[same].tolist())
+    seen: dict[bytes, int] = {}
+    ends: list[str] = []  # of each distinct text, what its sketch is made of
+    same = []
+    for text in texts:
+        normal = normalise(text)
+        number = seen.setdefault(_key(normal), len(seen))
+        same.append(number)
+        if number == len(ends):
+            words = normal.split()
+            ends.append(normal if len(words) <= 2 * _EDGE else " ".join(words[:_EDGE] + words[-_EDGE:]))
+    return _number(_joined(_sketches(ends))[same].tolist())
 
 
 def normalise(text: str) -> str:
@@ -91,6 +97,10 @@ def soften(near: np.ndarray, exact: np.ndarray, client: np.ndarray) -> tuple[np.
     return _number(mixed.tolist()), broken
 
 
+def _key(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
 def _number(keys: Iterable[object]) -> np.ndarray:
     """Each key's number in order of first appearance."""
     seen: dict[object, int] = {}
@@ -98,27 +108,26 @@ def _number(keys: Iterable[object]) -> np.ndarray:
 
 
 def _sketches(texts: Sequence[str]) -> np.ndarray:
-    """(texts, 32) uint64: MinHash values over word pairs; texts of fewer than four words get values of their own."""
+    """(texts, 32) uint32: MinHash values over word pairs; texts of fewer than four words get values of their own."""
     numbers: dict[str, int] = {}
     rng = np.random.default_rng(0)  # the hash functions are fixed: no seed changes who is whose copy
     factors = rng.integers(0, 2**63, _HASHES, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-    sketches = np.empty((len(texts), _HASHES), dtype=np.uint64)
+    sketches = np.empty((len(texts), _HASHES), dtype=np.uint32)
     for start in range(0, len(texts), 2000):
         words, ends = [], []
         for text in texts[start : start + 2000]:
             split = text.split()
-            split = split if len(split) <= 2 * _EDGE else split[:_EDGE] + split[-_EDGE:]
             if len(split) < 4:  # too short for similarity to mean anything: equal to itself only
                 split = [f"{start + len(ends)}\n{i}" for i in range(4)]
             words += [numbers.setdefault(word, len(numbers)) for word in split]
             ends.append(len(words))
         ids = np.array(words, dtype=np.uint64) + np.uint64(1)
-        pairs = _scramble(_scramble(ids[:-1]) * np.uint64(3) + ids[1:])
-        begins = np.concatenate([[0], ends[:-1]])
+        pairs = _scramble(_scramble(ids[:-1]) + ids[1:])
+        begins = np.array([0, *ends[:-1]])
         edges = np.stack([begins, np.array(ends) - 1], axis=1).ravel()[:-1]  # a pair never spans two texts
         for k, factor in enumerate(factors):
             lows = np.minimum.reduceat(_scramble(pairs * factor), edges)
-            sketches[start : start + len(ends), k] = lows[::2]
+            sketches[start : start + len(ends), k] = lows[::2] >> np.uint64(32)
     return sketches
 
 

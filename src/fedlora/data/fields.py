@@ -12,7 +12,7 @@ import pyarrow.compute
 
 from fedlora.data.keys import listed, nearest
 from fedlora.data.settings import DataSettings
-from fedlora.data.sources import Part
+from fedlora.data.sources import Part, dataset
 from fedlora.errors import UserError
 
 TASKS = ("text-classification", "image-classification", "causal-lm")
@@ -74,7 +74,7 @@ def as_dataset(tables: Sequence[pa.Table]) -> datasets.Dataset:
     features = {
         name: datasets.Image() if name == "image" else datasets.Value("large_string") for name in table.column_names
     }
-    return datasets.Dataset(table.cast(datasets.Features(features).arrow_schema))
+    return dataset(table.cast(datasets.Features(features).arrow_schema))
 
 
 def _texts(part: Part, name: str, column: pa.ChunkedArray, feature: object, trim: bool) -> pa.ChunkedArray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import datasets
 import numpy as np
@@ -41,7 +40,10 @@ def assign(
             f"partition by {settings.by!r} skews classes, and this task has no data.label",
             "name a column of classes in data.partition.column, or partition by 'iid' or 'column'",
         )
-    return _by_class(settings, clients, classes, seed), ids
+    number, names = codes(classes)
+    if settings.by == "dirichlet":
+        return _dirichlet(number, len(names), clients, settings.alpha or 0.5, seed), ids
+    return _pathological(number, len(names), clients, settings.classes_per_client or 1, seed), ids
 
 
 def codes(values: Sequence[str]) -> tuple[np.ndarray, list[str]]:
@@ -55,54 +57,59 @@ def codes(values: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     return np.fromiter((number[value] for value in values), dtype=np.int64, count=len(values)), names
 
 
-def _by_class(settings: PartitionSettings, clients: int, classes: Sequence[str], seed: int) -> np.ndarray:
-    """Dirichlet and pathological shares, drawn by Flower's partitioners."""
-    numbers, names = codes(classes)
-    per_client = settings.classes_per_client or 1
-    if settings.by == "pathological" and per_client > len(names):
+def _pathological(number: np.ndarray, kinds: int, clients: int, per_client: int, seed: int) -> np.ndarray:
+    """(rows,) clients, of `per_client` classes each; a class's rows are shared evenly by the clients that have it.
+
+    Classes are dealt from the least used ones, so that none lies idle while clients * per_client >= classes (Flower's
+    partitioner draws them independently: with 10 clients of 10 classes it left 39 of CIFAR-100's classes unused).
+    """
+    if per_client > kinds:
         raise UserError(
-            f"data.partition.classes_per_client = {per_client}, but the training data has {len(names)} classes",
-            f"ask for at most {len(names)}",
+            f"data.partition.classes_per_client = {per_client}, but the training data has {kinds} classes",
+            f"ask for at most {kinds}",
         )
-    table = datasets.Dataset.from_dict({"class": numbers, "row": np.arange(len(numbers))})
-    partitioner = _flower(settings, clients, int(stream(seed, "partition").integers(2**31)))
-    partitioner.dataset = table
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its retries, and unused classes: both are judged here
-        try:
-            shares = [partitioner.load_partition(i).with_format("numpy")["row"][:] for i in range(clients)]
-        except ValueError as error:
-            remedy = "raise alpha" if settings.by == "dirichlet" else "lower classes_per_client"
-            raise UserError(
-                f"partition by {settings.by!r} cannot give each of {clients} clients data from {len(numbers)} examples "
-                f"of {len(names)} classes ({str(error).split('.')[0]})",
-                f"ask for fewer clients, or {remedy}",
-            ) from None
-    client = np.full(len(numbers), -1, dtype=np.int64)
-    for i, share in enumerate(shares):
-        client[np.asarray(share, dtype=np.int64)] = i
+    rng = stream(seed, "partition")
+    used = np.zeros(kinds, dtype=np.int64)
+    owners: list[list[int]] = [[] for _ in range(kinds)]
+    for i in range(clients):
+        dealt = np.lexsort((rng.random(kinds), used))[:per_client]
+        used[dealt] += 1
+        for kind in dealt:
+            owners[kind].append(i)
+    client = np.full(len(number), -1, dtype=np.int64)
+    for kind, having in enumerate(owners):
+        rows = np.flatnonzero(number == kind)
+        if having:
+            client[rng.permutation(rows)] = rng.permutation(having)[np.arange(len(rows)) % len(having)]
     return client
 
 
-def _flower(settings: PartitionSettings, clients: int, seed: int) -> Any:
+def _dirichlet(number: np.ndarray, kinds: int, clients: int, alpha: float, seed: int) -> np.ndarray:
+    """(rows,) clients: Flower's partitioner draws each class's shares from Dirichlet(alpha)."""
     try:
-        from flwr_datasets import partitioner
+        from flwr_datasets.partitioner import DirichletPartitioner
     except ImportError:
         raise UserError(
-            f"partition by {settings.by!r} needs the package flwr-datasets", "pip install 'fedlora[partition]'"
+            "partition by 'dirichlet' needs the package flwr-datasets", "pip install 'fedlora[partition]'"
         ) from None
-    if settings.by == "dirichlet":
-        return partitioner.DirichletPartitioner(
-            clients, "class", alpha=settings.alpha or 0.5, min_partition_size=1, shuffle=False, seed=seed
-        )
-    return partitioner.PathologicalPartitioner(
-        clients,
-        "class",
-        settings.classes_per_client or 1,
-        class_assignment_mode="first-deterministic",  # the paper's: every class is used where clients suffice
-        shuffle=False,
-        seed=seed,
-    )
+    drawn = int(stream(seed, "partition").integers(2**31))
+    partitioner = DirichletPartitioner(clients, "class", alpha, min_partition_size=1, shuffle=False, seed=drawn)
+    # shuffled first: it deals a class's rows in order, and files are often sorted by more than their label
+    rows = stream(seed, "partition", "order").permutation(len(number))
+    partitioner.dataset = datasets.Dataset.from_dict({"class": number[rows], "row": rows})
+    client = np.full(len(number), -1, dtype=np.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of every redraw; only the last counts
+        try:
+            for i in range(clients):
+                client[partitioner.load_partition(i).with_format("numpy")["row"][:]] = i
+        except ValueError:
+            raise UserError(
+                f"data.partition: ten draws of Dirichlet({alpha:g}) left some of {clients} clients without any of "
+                f"{len(number)} examples of {kinds} classes",
+                "ask for fewer clients, or raise alpha",
+            ) from None
+    return client
 
 
 def hold_out(wanted: int | Sequence[str], ids: Sequence[str], seed: int) -> tuple[str, ...]:

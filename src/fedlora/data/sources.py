@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import datasets
 import numpy as np
@@ -54,10 +55,12 @@ def read(source: str | Path, split: Split = "train") -> datasets.Dataset:
 
     Raises `UserError` that names the file and line of what cannot be read. Columns that one file lacks are null there.
     """
-    tables = [part.table.replace_schema_metadata(None) for part in parts(source, split)]
-    if len({tuple(table.schema) for table in tables}) > 1:
-        tables = [_loose(table) for table in tables]
-    return datasets.Dataset(pa.concat_tables(tables, promote_options="default"))
+    return dataset(_stack([part.table for part in parts(source, split)]))
+
+
+def dataset(table: pa.Table) -> datasets.Dataset:
+    """A table as a dataset, without the copy that naming it by its content would make."""
+    return datasets.Dataset(table, fingerprint=uuid4().hex[:16])
 
 
 def parts(source: str | Path, split: Split = "train") -> list[Part]:
@@ -167,12 +170,13 @@ def _text_lines(path: Path) -> Iterator[str]:
 
 
 def _jsonl(path: Path) -> Part:
+    tables: list[pa.Table] = []
     rows: list[dict[str, Any]] = []
     places: list[int] = []
     for number, line in enumerate(_text_lines(path), 1):
         if not line.strip():
             continue
-        if not rows and line.lstrip().startswith("["):
+        if not places and line.lstrip().startswith("["):
             return _json_array(path)
         try:
             value = json.loads(line)
@@ -183,7 +187,11 @@ def _jsonl(path: Path) -> Part:
             ) from None
         rows.append(_object(value, f"{path}, line {number}"))
         places.append(number)
-    return Part(str(path), _columns(rows), "line", np.array(places, dtype=np.int64), path.parent)
+        if len(rows) == 20_000:  # Arrow holds text in a third of the memory that Python's objects take
+            tables.append(_columns(rows))
+            rows = []
+    tables += [_columns(rows)] if rows or not tables else []
+    return Part(str(path), _stack(tables), "line", np.array(places, dtype=np.int64), path.parent)
 
 
 def _json_array(path: Path) -> Part:
@@ -320,9 +328,15 @@ def _beside(path: Path) -> str:
         return f" (nor does the folder {path.parent})"
 
 
-def _loose(table: pa.Table) -> pa.Table:
-    """Scalars as text, so that files whose columns were typed differently can be stacked."""
+def _stack(tables: Sequence[pa.Table]) -> pa.Table:
+    """Tables under one another; columns that differ in type become text."""
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowTypeError, pa.ArrowInvalid):
+        return pa.concat_tables([_loose(table) for table in tables], promote_options="permissive")
 
+
+def _loose(table: pa.Table) -> pa.Table:
     def cast(column: pa.ChunkedArray) -> pa.ChunkedArray:
         return column if pa.types.is_nested(column.type) else column.cast(pa.large_string())
 

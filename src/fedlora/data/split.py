@@ -21,10 +21,9 @@ def follow(quota: np.ndarray, stratum: np.ndarray, rng: np.random.Generator) -> 
     [1, 1, 1]
     """
     client = np.empty(len(stratum), dtype=np.int64)
-    order = np.argsort(stratum, kind="stable")
-    kinds, starts = np.unique(stratum[order], return_index=True)
     carry = np.zeros(len(quota))
-    for kind, rows in zip(kinds, np.split(order, starts[1:]), strict=True):
+    for kind in np.unique(stratum):
+        rows = np.flatnonzero(stratum == kind)
         column = (quota[:, kind] if quota[:, kind].any() else quota.sum(axis=1)).astype(float)
         due = column * (len(rows) / column.sum())
         owed = np.where(column > 0, due + carry, 0.0)
