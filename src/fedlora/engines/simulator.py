@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedlora.federation.algorithm import Algorithm, Reply, Request
-from fedlora.federation.client import Executor, Program, handle
+from fedlora.federation.client import Executor, Job, Program, handle, personalized
 from fedlora.federation.memory import RamMemory, Store
+from fedlora.federation.orders import Model
 from fedlora.federation.spec import Client, Local, ModelSpec
 
 log = logging.getLogger(__name__)
@@ -66,11 +67,37 @@ class Simulator:
 
     def program(self, name: str, request: Request) -> Program:
         """The client's side of a request."""
+        return handle(self.algorithm, request, *self.at(name, request))
+
+    def at(self, name: str, request: Request) -> tuple[Store, Local]:
+        """Where a client's program runs: its memory, and what it knows."""
         if name not in self.stores:
             self.stores[name] = self.store(name)
         client, (examples, counts) = self.clients[name], self.facts(name)
         local = Local(client, self.spec, request.round, request.rounds, self.run_seed, examples, counts)
-        return handle(self.algorithm, request, self.stores[name], local)
+        return self.stores[name], local
+
+    def models(self, name: str, request: Request) -> dict[str, Model]:
+        """The models that an evaluation request would score, by variant, the deployed one first."""
+        program = personalized(self.algorithm, request, *self.at(name, request))
+        answers: tuple[Any, ...] | None = None
+        while True:
+            try:
+                jobs = program.send(answers)
+            except StopIteration as end:
+                return end.value
+            answers = self.alone(jobs)
+
+    def alone(self, jobs: Sequence[Job]) -> tuple[Any, ...]:
+        """The results of some jobs while nobody else waits; a failed one raises."""
+        tickets = [self.executor.submit(job) for job in jobs]
+        results: dict[int, Any] = {}
+        while len(results) < len(tickets):
+            results.update(self.executor.advance())
+        for result in results.values():
+            if isinstance(result, Exception):
+                raise result
+        return tuple(results[ticket] for ticket in tickets)
 
     def ask(self, requests: Mapping[str, Request]) -> Iterator[tuple[str, Reply | None]]:
         """Starts clients in the mapping's order. One whose job failed is lost and the reason logged; the others go on.
