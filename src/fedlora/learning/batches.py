@@ -1,0 +1,76 @@
+"""Sequences of all lanes, sorted by length and cut into groups with little padding; within a group, sorted by lane."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlora.adapters.lora import Segment
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Rows of one forward pass. ``lanes``, ``places`` (position in the lane's batch) and ``units``: (rows,)."""
+
+    lanes: np.ndarray
+    places: np.ndarray
+    units: np.ndarray
+    segments: tuple[Segment, ...]
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+
+def cut(work: Mapping[int, np.ndarray], lengths: np.ndarray, budget: int) -> Iterator[Group]:
+    """``work``: the units of each lane. A group ends where padding would pass 1.5 times its shortest sequence, or its
+    tokens the budget.
+
+    >>> lengths = np.array([10, 11, 40, 12])
+    >>> for g in cut({0: np.array([0, 2]), 1: np.array([3, 1])}, lengths, 99):
+    ...     print(g.lanes, g.units, g.segments)
+    [0 1 1] [0 3 1] ((0, 0, 1), (1, 1, 3))
+    [0] [2] ((0, 0, 1),)
+    """
+    lanes = np.concatenate([np.full(len(units), lane) for lane, units in work.items()])
+    places = np.concatenate([np.arange(len(units)) for units in work.values()])
+    units = np.concatenate(list(work.values()))
+    order = np.lexsort((places, lanes, lengths[units]))
+    start = 0
+    sizes = lengths[units][order]
+    for i in range(1, len(order) + 1):
+        if i < len(order):
+            shortest, length = sizes[start], sizes[i]
+            if length <= max(1.5 * shortest, shortest + 8) and (i + 1 - start) * length <= budget:
+                continue
+        picked = order[start:i]
+        picked = picked[np.lexsort((places[picked], lanes[picked]))]
+        yield Group(lanes[picked], places[picked], units[picked], segments(lanes[picked]))
+        start = i
+
+
+def segments(lanes: np.ndarray) -> tuple[Segment, ...]:
+    """Runs of equal lanes.
+
+    >>> segments(np.array([0, 0, 3]))
+    ((0, 0, 2), (3, 2, 3))
+    """
+    borders = [0, *(np.flatnonzero(np.diff(lanes)) + 1).tolist(), len(lanes)]
+    return tuple((int(lanes[a]), a, b) for a, b in pairwise(borders))
+
+
+def rows_of(values: Tensor, segment: Segment) -> Tensor:
+    """A segment's part of something that has one entry per row."""
+    return values[segment[1] : segment[2]]
+
+
+def to_device(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Inputs where the model is; floating-point ones in its type."""
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+        for name, value in inputs.items()
+    }

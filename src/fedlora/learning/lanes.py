@@ -1,0 +1,316 @@
+"""Models of several clients on one base: their arrays stacked over lanes, and one forward pass over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedlora.adapters.algebra import product, sites
+from fedlora.adapters.lora import Dense, Dropout, Factors, Plan, Segment, mergeable, merged_weight
+from fedlora.federation.orders import Gate, Model, Outputs
+from fedlora.federation.spec import ModelSpec, Shape, Tree
+from fedlora.learning.backbone import Backbone
+from fedlora.learning.batches import rows_of
+
+FORBIDDEN = -1e9
+"""Logits outside a client's own label space: finite, so that distillation's 0 * log 0 stays 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """One model of one job, ready for a lane: ``params`` hold the backbone's own values of what is trained."""
+
+    model: Model
+    params: Mapping[str, Tensor]
+    trained: tuple[str, ...] = ()
+
+    @property
+    def trees(self) -> tuple[Tree, ...]:
+        return (self.params, *self.model.others)
+
+
+def factor(key: str) -> tuple[str, str] | None:
+    """(site, A | B | C | W | scale) of an entry at a site, else None."""
+    site, _, last = key.rpartition("/")
+    return (site, last) if last in ("A", "B", "C", "W", "scale") and not key.startswith("extra/") else None
+
+
+def padded(key: str, shape: Shape, ranks: Mapping[str, int]) -> Shape:
+    """The shape of an entry when its factors have at least the rank of ``ranks``.
+
+    >>> padded("x/A", (2, 5), {"x": 4}), padded("x/B", (3, 2), {"x": 4}), padded("x/C", (6, 6), {"x": 4})
+    ((4, 5), (3, 4), (6, 6))
+    """
+    found = factor(key)
+    if found is None or found[1] not in ("A", "B", "C"):
+        return tuple(shape)
+    largest = ranks.get(found[0], 0)
+    along = {"A": (0,), "B": (1,), "C": (0, 1)}[found[1]]
+    return tuple(max(size, largest) if i in along else size for i, size in enumerate(shape))
+
+
+def own_part(value: Tensor, shape: Shape) -> Tensor:
+    """The leading corner of a padded array that belongs to its owner."""
+    return value[tuple(slice(0, size) for size in shape)]
+
+
+def structure(held: Held, ranks: Mapping[str, int]) -> tuple[object, ...]:
+    """What must agree for models to share a stack: everything but values, ranks, constant weights and scales."""
+    model = held.model
+    trees = tuple(
+        tuple(sorted((key, padded(key, tuple(value.shape), ranks)) for key, value in tree.items()))
+        for tree in held.trees
+    )
+    gate = model.weights if callable(model.weights) else None
+    shared = tuple(id(value) for tree in model.shared for value in tree.values())
+    return (model.backbone, model.predict, gate, trees, shared, held.trained)
+
+
+def alone(held: Held, backbone: Backbone) -> bool:
+    """Whether a model replaces the base's own parameters or changes them densely: then it has a pass of its own."""
+    return any(
+        backbone.reads(key) is not None or ((found := factor(key)) is not None and found[1] == "W")
+        for tree in held.trees
+        for key in tree
+    )
+
+
+@dataclass(eq=False)
+class Merges:
+    """Base changes, summed and merged once for all models that hold the same objects; only the latest is kept."""
+
+    kept: dict[int, tuple[object, tuple[Tree, ...], dict[str, Tensor], dict[str, Tensor]]] = field(default_factory=dict)
+    count: int = 0
+
+    def get(self, backbone: Backbone, shared: tuple[Tree, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(replaced weights, dense changes of bases whose weight is not known), by site."""
+        if not shared:
+            return {}, {}
+        key = tuple(id(value) for tree in shared for value in tree.values())
+        kept = self.kept.get(id(backbone))
+        if kept is None or kept[0] != key:
+            self.count += 1
+            total: dict[str, Tensor] = {}
+            for tree in shared:
+                for site in sites(tree):
+                    change = product(tree, site)
+                    total[site] = total[site] + change if site in total else change
+            merged, dense = {}, {}
+            for site, change in total.items():
+                base = backbone.sites[site].base
+                if mergeable(base):
+                    merged[site] = merged_weight(base, change)
+                else:
+                    dense[site] = change.to(backbone.device)
+            kept = self.kept[id(backbone)] = (key, shared, merged, dense)  # holds the objects, so that ids stay theirs
+        return kept[2], kept[3]
+
+
+class Stack:
+    """The models of one name in all lanes: factors zero-padded to common ranks and stacked, (lanes, ...).
+
+    ``leaves`` are the trained arrays (views of a fit's flat rows, whose gradients they collect).
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        spec: ModelSpec,
+        head: Tree,
+        merges: Merges,
+        first: Held,
+        lanes: int,
+        leaves: Mapping[str, Tensor],
+    ) -> None:
+        self.backbone, self.head, self.merges = backbone, head, merges
+        self.lanes, self.leaves = lanes, leaves
+        self.ranks = spec.ranks if lanes > 1 else {}
+        self.dtype = working(spec.dtype)
+        self.held: list[Held | None] = [None] * lanes
+        self.arrays: list[dict[str, Tensor]] = [
+            {key: self._zeros(key, value) for key, value in self._read(tree, i).items() if key not in leaves or i}
+            for i, tree in enumerate(first.trees)
+        ]
+        self.scales: list[dict[str, list[float]]] = [
+            {found[0]: [0.0] * lanes for key in tree if (found := factor(key)) and found[1] == "A"}
+            for tree in first.trees
+        ]
+        self._slots: dict[str, list[tuple[int, Factors]]] | None = None
+
+    def load(self, lane: int, held: Held) -> None:
+        """Puts a model into a lane, in the place of whatever was there."""
+        self.held[lane] = held
+        self._slots = None
+        weights = held.model.weights
+        constants = weights if weights is not None and not callable(weights) else (1.0,) * len(held.trees)
+        if len(constants) != len(held.trees):
+            raise ValueError(f"{len(constants)} weights for {len(held.trees)} adapters (params and others)")
+        with torch.no_grad():
+            for i, tree in enumerate(held.trees):
+                for key, value in self._read(tree, i).items():
+                    if i == 0 and key in self.leaves:
+                        place(self.leaves[key][lane], value)
+                    elif self.lanes == 1:
+                        self.arrays[i][key] = value.to(self.backbone.device, self.dtype)[None]
+                    else:
+                        place(self.arrays[i][key][lane], value)
+                for site, scales in self.scales[i].items():
+                    scales[lane] = float(tree[f"{site}/scale"]) * constants[i]
+
+    def params(self, lane: int) -> dict[str, Tensor]:
+        """A lane's parameters in their own shapes; the trained ones are connected to the graph."""
+        held = self.held[lane]
+        assert held is not None
+        out = {key: value.to(self.backbone.device) for key, value in held.params.items() if key not in self.leaves}
+        for key, leaf in self.leaves.items():
+            out[key] = own_part(leaf[lane], tuple(held.params[key].shape))
+        return out
+
+    def outputs(
+        self,
+        inputs: Mapping[str, Tensor],
+        segments: tuple[Segment, ...],
+        masks: Sequence[Tensor | None],
+        dropout: Dropout | None = None,
+    ) -> Outputs:
+        """What each row's own model says of it. ``masks``: (labels,) per lane, True where a label is the client's."""
+        plan, overrides = self.plan(inputs, segments, dropout)
+        features, logits = self.backbone.forward(inputs, plan, overrides)
+        features = features.to(self.dtype)
+        logits = self._classify(features, segments) if logits is None else logits.to(self.dtype)
+        if any(masks[lane] is not None for lane, _, _ in segments):
+            parts = [(rows_of(logits, s), masks[s[0]]) for s in segments]
+            logits = torch.cat([v if m is None else v.masked_fill(~m.to(v.device), FORBIDDEN) for v, m in parts])
+        return Outputs(logits, features)
+
+    def plan(
+        self, inputs: Mapping[str, Tensor], segments: tuple[Segment, ...], dropout: Dropout | None
+    ) -> tuple[Plan, dict[str, Tensor]]:
+        """How the adapted layers treat this batch, and the base parameters that are replaced."""
+        held = next(h for h in self.held if h is not None)
+        merged, changes = self.merges.get(self.backbone, held.model.shared)
+        gates: Sequence[Tensor] | None = None
+        if callable(held.model.weights):
+            gates = self._gates(held.model.weights, inputs, segments, merged, changes)
+        overrides = self._overrides() if self.lanes == 1 else {}
+        if overrides and merged:
+            raise ValueError(
+                "a model that trains or replaces base parameters cannot also carry shared changes of the base"
+            )
+        plan = Plan(segments, self._factors(gates), self._dense(changes, gates), merged, dropout)
+        return plan, overrides
+
+    # -- what the plan is made of
+
+    def _read(self, tree: Tree, i: int) -> dict[str, Tensor]:
+        """The entries that a forward pass reads: factors, and of the first tree the head and replaced parameters."""
+        out = {key: value for key, value in tree.items() if (found := factor(key)) and found[1] != "scale"}
+        if i == 0:
+            out |= {key: tree.get(key, start) for key, start in self.head.items()}
+            out |= {key: value for key, value in tree.items() if self.backbone.reads(key) or key in self.leaves}
+        return out
+
+    def _zeros(self, key: str, value: Tensor) -> Tensor:
+        if self.lanes == 1:
+            return value[None]  # replaced when loaded
+        shape = padded(key, tuple(value.shape), self.ranks)
+        return torch.zeros(self.lanes, *shape, dtype=self.dtype, device=self.backbone.device)
+
+    def _array(self, i: int, key: str) -> Tensor | None:
+        return self.leaves[key] if i == 0 and key in self.leaves else self.arrays[i].get(key)
+
+    def _factors(self, gates: Sequence[Tensor] | None) -> dict[str, tuple[Factors, ...]]:
+        if self._slots is None:
+            self._slots = {}
+            for i, scales in enumerate(self.scales):
+                for site, scale in scales.items():
+                    a, b = self._array(i, f"{site}/A"), self._array(i, f"{site}/B")
+                    assert a is not None
+                    assert b is not None
+                    slot = Factors(a, b, self._array(i, f"{site}/C"), tuple(scale))
+                    self._slots.setdefault(site, []).append((i, slot))
+        return {
+            site: tuple(slot if gates is None else replace(slot, gate=gates[i]) for i, slot in found)
+            for site, found in self._slots.items()
+        }
+
+    def _dense(self, changes: Mapping[str, Tensor], gates: Sequence[Tensor] | None) -> dict[str, tuple[Dense, ...]]:
+        found: dict[str, list[Dense]] = {site: [Dense(change)] for site, change in changes.items()}
+        held = self.held[0]
+        if self.lanes == 1 and held is not None:
+            weights = held.model.weights
+            for i, tree in enumerate(held.trees):
+                constant = weights[i] if weights is not None and not callable(weights) else 1.0
+                for key in tree:
+                    if (site := factor(key)) and site[1] == "W":
+                        value = self._array(i, key)
+                        assert value is not None
+                        gate = None if gates is None else gates[i]
+                        found.setdefault(site[0], []).append(Dense(value[0], constant, gate))
+        return {site: tuple(changes) for site, changes in found.items()}
+
+    def _overrides(self) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = {}
+        for key in {**self.arrays[0], **self.leaves}:
+            path = self.backbone.reads(key)
+            if path is not None:
+                value = self._array(0, key)
+                assert value is not None
+                out[path] = value[0].to(self.backbone.parameter(path).dtype)
+        return out
+
+    def _gates(
+        self,
+        gate: Gate,
+        inputs: Mapping[str, Tensor],
+        segments: tuple[Segment, ...],
+        merged: Mapping[str, Tensor],
+        changes: Mapping[str, Tensor],
+    ) -> Sequence[Tensor]:
+        """Weights per row, one array (rows,) per adapter, from the features of the base without adapters."""
+        with torch.no_grad():
+            dense = {site: (Dense(change),) for site, change in changes.items()}
+            plain, _ = self.backbone.forward(inputs, Plan(segments, dense=dense, merged=merged))
+        plain = plain.to(self.dtype)
+        return torch.cat([gate(rows_of(plain, s), self.params(s[0])) for s in segments]).unbind(1)
+
+    def _classify(self, features: Tensor, segments: tuple[Segment, ...]) -> Tensor:
+        """logits = features W_k^T + b_k for each lane's rows, in the adapters' type."""
+        weight, bias = self._array(0, "head/weight"), self._array(0, "head/bias")
+        assert weight is not None
+        weights = weight.unbind(0)
+        biases: Sequence[Any] = (None,) * self.lanes if bias is None else bias.unbind(0)
+        return torch.cat([functional.linear(rows_of(features, s), weights[s[0]], biases[s[0]]) for s in segments])
+
+
+def place(target: Tensor, value: Tensor) -> None:
+    """Writes a value into the leading corner of a padded array; the rest is zero."""
+    target.zero_()
+    own_part(target, tuple(value.shape)).copy_(value)
+
+
+def working(dtype: torch.dtype) -> torch.dtype:
+    """Adapters, heads and optimiser state: float64 where the run asks for it, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check(model: Model, backbone: Backbone, whole: Iterable[str]) -> None:
+    """A name that nothing reads would silently change nothing: an error."""
+    whole = set(whole)
+    for tree, first in ((model.params, True), *((t, False) for t in (*model.others, *model.shared))):
+        for key in tree:
+            found = factor(key)
+            if found is not None and found[0] in backbone.sites:
+                needed = {"W": ()}.get(found[1], ("A", "B", "scale"))
+                if missing := [last for last in needed if f"{found[0]}/{last}" not in tree]:
+                    raise KeyError(f"{key!r} without {found[0]}/{missing[0]}")
+                continue
+            extra = key.startswith("extra/")
+            head = key.startswith("head/") and key in whole
+            if not first or not (extra or head or backbone.reads(key) is not None):
+                raise KeyError(f"nothing in backbone {model.backbone!r} reads {key!r}")

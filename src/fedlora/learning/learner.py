@@ -1,0 +1,246 @@
+"""Executes orders: compatible ones of several clients run as lanes of one pass over the base."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlora.federation.client import Job
+from fedlora.federation.orders import Fit, Model, Order, Score, Split, logits
+from fedlora.federation.spec import ModelSpec
+from fedlora.learning.backbone import Backbone
+from fedlora.learning.batches import Group, cut, rows_of, to_device
+from fedlora.learning.fitting import Fits
+from fedlora.learning.lanes import Held, Merges, Stack, alone, check, structure
+from fedlora.learning.optim import chosen
+from fedlora.learning.tasks import Examples, Task
+
+Splits = Mapping[str, np.ndarray]
+"""Rows of the table by "fit", "holdout" and "test"."""
+SCORING = 4
+"""A pass without gradients holds this many times the tokens of one with them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A job that has been checked: its models by name, the units of its split, and what it shares lanes with."""
+
+    ticket: int
+    job: Job
+    models: Mapping[str, Held]
+    units: np.ndarray
+    key: tuple[object, ...]
+
+
+@dataclass(eq=False)
+class Learner:
+    """Runs jobs on shared frozen backbones (an ``Executor``).
+
+    ``examples``: the tokenised store, or one per backbone where these read text differently; ``splits``: rows by
+    client and split; ``lanes``: how many jobs share a pass; ``budget``: tokens in a pass with gradients; ``labels``: by
+    client, (labels,) True where a label is in the client's own space (a client that is not named has them all);
+    ``dropout``: of the adapters' input while training.
+
+    With ``lanes = 1`` a result is a function of the job and the data alone.
+    """
+
+    backbones: Mapping[str, Backbone]
+    task: Task
+    examples: Examples | Mapping[str, Examples]
+    splits: Mapping[str, Splits]
+    spec: ModelSpec
+    run_seed: int
+    lanes: int = 1
+    budget: int = 2048
+    labels: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.head = {k: v for k, v in self.spec.start(self.run_seed).items() if k.startswith("head/")}
+        self.merges = Merges()
+        self._tickets = 0
+        self._waiting: dict[tuple[object, ...], deque[Ready]] = {}
+        self._running: dict[tuple[object, ...], Fits] = {}
+
+    # -- the executor
+
+    def submit(self, job: Job) -> int:
+        """Checks a job and takes it. What is wrong with the order itself (a name nothing reads, say) raises here."""
+        ticket, self._tickets = self._tickets, self._tickets + 1
+        ready = self._prepare(ticket, job)
+        self._waiting.setdefault(ready.key, deque()).append(ready)
+        return ticket
+
+    @property
+    def idle(self) -> bool:
+        return not self._waiting and not self._running
+
+    def advance(self) -> list[tuple[int, Any | Exception]]:
+        """One fused step of training, or the scoring of as many jobs as there are lanes.
+
+        The kind of work that most jobs wait for goes first, then the oldest. A job that diverged has ``Diverged`` as
+        its result.
+        """
+        if self.idle:
+            return []
+
+        def urgency(key: tuple[object, ...]) -> tuple[int, int]:
+            waiting, running = self._waiting.get(key, ()), self._running.get(key)
+            tickets = [r.ticket for r in waiting] + (running.tickets if running else [])
+            return -len(tickets), min(tickets)
+
+        key = min({**self._running, **self._waiting}, key=urgency)
+        queue = self._waiting.get(key, deque())
+        if key[0] is Fit:
+            done = self._fit(key, queue)
+        else:
+            taken = [queue.popleft() for _ in range(min(self._width(key), len(queue)))]
+            measure = self._score if key[0] is Score else self._features
+            done = measure(taken)
+        if not queue:
+            self._waiting.pop(key, None)
+        return done
+
+    # -- what others ask
+
+    def units(self, client: str, split: Split, limit: int | None = None, backbone: str = "base") -> np.ndarray:
+        """The units of a client's split; train = fit + holdout."""
+        rows = self.splits[client]
+        names = ("fit", "holdout") if split == "train" else (split,)
+        empty = np.zeros(0, dtype=np.int64)
+        found = np.concatenate([np.asarray(rows.get(name, empty), dtype=np.int64) for name in names])
+        return self.store(backbone).units(found)[:limit]
+
+    def facts(self, client: str) -> tuple[int, Mapping[str, int]]:
+        """(training units, counts by label)."""
+        units = self.units(client, "train")
+        counts = np.bincount(self.store("base").labels[units], minlength=len(self.spec.labels))
+        return len(units), {label: int(n) for label, n in zip(self.spec.labels, counts)}
+
+    # -- preparation
+
+    def store(self, backbone: str) -> Examples:
+        return self.examples if isinstance(self.examples, Examples) else self.examples[backbone]
+
+    def _width(self, key: tuple[object, ...]) -> int:
+        return 1 if key[-1] is not None else self.lanes
+
+    def _prepare(self, ticket: int, job: Job) -> Ready:
+        order: Order = job.order
+        if isinstance(order, Fit):
+            if order.split == "test":
+                raise PermissionError("nobody trains on the test split")
+            models = {"model": order.models} if isinstance(order.models, Model) else dict(order.models)
+            trains = dict(order.train) if isinstance(order.train, Mapping) else {"model": order.train}
+            if models.keys() != trains.keys():
+                raise KeyError(f"models {sorted(models)}, but train names {sorted(trains)}")
+            held = {name: self._complete(model, trains[name]) for name, model in models.items()}
+            limit, code = None, order.objective
+        else:
+            held = {"model": self._complete(order.model, ())}
+            limit, code = getattr(order, "limit", None), None
+        first = next(iter(held.values())).model.backbone
+        single = self.lanes == 1 or any(alone(h, self.backbones[h.model.backbone]) for h in held.values())
+        ranks = {} if single else self.spec.ranks
+        shape = tuple((name, structure(h, ranks)) for name, h in sorted(held.items()))
+        key = (type(order), code, shape, ticket if single else None)
+        return Ready(ticket, job, held, self.units(job.client, order.split, limit, first), key)
+
+    def _complete(self, model: Model, selectors: Sequence[str]) -> Held:
+        """Checked, and completed with the base's own values (or the seeded start) of what a selector asks to train."""
+        if model.backbone not in self.backbones:
+            raise KeyError(f"no backbone {model.backbone!r}, only {sorted(self.backbones)}")
+        backbone = self.backbones[model.backbone]
+        check(model, backbone, self.spec.whole)
+        own: dict[str, Tensor] = {}
+        if selectors:
+            prefixes = {selector.split("/", 1)[0] for selector in selectors}
+            own = backbone.own(selectors)
+            if prefixes & {name.split("/", 1)[0] for name in self.spec.whole}:
+                start = self.spec.start(self.run_seed)
+                own |= {k: v for k, v in start.items() if k.split("/", 1)[0] in prefixes and readable(k, backbone)}
+        params = {**own, **model.params}
+        return Held(model, params, chosen(selectors, list(params)))
+
+    # -- training
+
+    def _fit(self, key: tuple[object, ...], queue: deque[Ready]) -> list[tuple[int, Any]]:
+        fits = self._running.get(key)
+        if fits is None:
+            fits = self._running[key] = Fits(self, queue[0], self._width(key))
+        done = fits.fill(queue)
+        done += fits.step()
+        if not queue and not fits.tickets:
+            del self._running[key]
+        return done
+
+    # -- measuring
+
+    @torch.no_grad()
+    def _score(self, taken: Sequence[Ready]) -> list[tuple[int, Any]]:
+        """The task's sums of several jobs: {name: (total, count)} each."""
+        stack = self._stack(taken)
+        totals: list[dict[str, list[float]]] = [{} for _ in taken]
+        store = self.store(taken[0].models["model"].model.backbone)
+        predict = taken[0].models["model"].model.predict
+        for group, outputs, labels in self._passes(taken, stack):
+            parts = [outputs.logits]
+            if predict is not logits:
+                parts = [
+                    predict(type(outputs)(rows_of(outputs.logits, s), rows_of(outputs.features, s)), stack.params(s[0]))
+                    for s in group.segments
+                ]
+            scored = self.task.score(torch.cat(parts), labels, store, group.units)
+            for name, pair in scored.items():
+                for lane, start, stop in group.segments:
+                    into = totals[lane].setdefault(name, [0.0, 0.0])
+                    for i in (0, 1):
+                        into[i] += float(pair[i][start:stop].sum())
+        return [(r.ticket, {n: (t, c) for n, (t, c) in sums.items()}) for r, sums in zip(taken, totals)]
+
+    @torch.no_grad()
+    def _features(self, taken: Sequence[Ready]) -> list[tuple[int, Any]]:
+        """(features, labels) of several jobs, in the order of their units."""
+        stack = self._stack(taken)
+        store = self.store(taken[0].models["model"].model.backbone)
+        width = self.backbones[taken[0].models["model"].model.backbone].width
+        found = [torch.zeros(len(r.units), width, dtype=self.spec.dtype) for r in taken]
+        for group, outputs, _ in self._passes(taken, stack):
+            for segment in group.segments:
+                places = torch.from_numpy(group.places[segment[1] : segment[2]])
+                found[segment[0]][places] = rows_of(outputs.features, segment).to("cpu", self.spec.dtype)
+        labels = [torch.from_numpy(store.labels[r.units]) for r in taken]
+        return [(r.ticket, (x, y)) for r, x, y in zip(taken, found, labels)]
+
+    def _stack(self, taken: Sequence[Ready]) -> Stack:
+        first = taken[0].models["model"]
+        backbone = self.backbones[first.model.backbone]
+        stack = Stack(backbone, self.spec, self.head, self.merges, first, self._width(taken[0].key), {})
+        for lane, ready in enumerate(taken):
+            stack.load(lane, ready.models["model"])
+        return stack
+
+    def _passes(self, taken: Sequence[Ready], stack: Stack) -> Any:
+        work = {lane: ready.units for lane, ready in enumerate(taken) if len(ready.units)}
+        masks = [self.labels.get(r.job.client) for r in taken]
+        store = self.store(taken[0].models["model"].model.backbone)
+        if work:
+            for group in cut(work, store.lengths, self.budget * SCORING):
+                inputs, labels = self.batch(stack.backbone, taken[0].models["model"].model.backbone, group)
+                yield group, stack.outputs(inputs, group.segments, masks), labels
+
+    def batch(self, backbone: Backbone, name: str, group: Group) -> tuple[dict[str, Tensor], Tensor]:
+        """A group's inputs and labels, where the backbone is."""
+        inputs, labels = self.task.collate(self.store(name), group.units)
+        return to_device(inputs, backbone.device, backbone.dtype), labels.to(backbone.device)
+
+
+def readable(key: str, backbone: Backbone) -> bool:
+    """Whether a whole parameter exists on this backbone (every backbone has the head)."""
+    return key.startswith("head/") or backbone.reads(key) is not None

@@ -1,0 +1,79 @@
+"""Which parameters a selector means, the batches of a fit, and torch's optimisers on flat rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedlora.federation.orders import Fit, Optimizer
+
+Block = tuple[str, int, int]
+"""(tree key, first, one past the last number) in a lane's flat row."""
+
+
+def selects(selector: str, key: str) -> bool:
+    """Whether a selector means a tree's entry: a factor at the sites, or a prefix.
+
+    >>> [selects("A", k) for k in ("x.query/A", "extra/A", "head/weight")], selects("head", "head/weight")
+    ([True, False, False], True)
+    """
+    if selector in ("A", "B", "C", "W"):
+        return key.endswith(f"/{selector}") and not key.startswith("extra/")
+    return key == selector or key.startswith(f"{selector}/")
+
+
+def chosen(selectors: Sequence[str], keys: Sequence[str]) -> tuple[str, ...]:
+    """The trained keys. A selector that means nothing is an error."""
+    for selector in selectors:
+        if not any(selects(selector, key) for key in keys):
+            raise KeyError(f"the selector {selector!r} selects nothing of {sorted(keys)}")
+    return tuple(key for key in keys if any(selects(selector, key) for selector in selectors))
+
+
+def plan(count: int, order: Fit, generator: torch.Generator) -> list[Tensor]:
+    """The batches of a fit, as positions in the split: whole epochs, each shuffled anew, the last partial batch kept;
+    or exactly ``steps`` of them."""
+    if (order.epochs is None) == (order.steps is None):
+        raise ValueError("a Fit has either epochs or steps")
+    if not count:
+        return []
+    wanted = order.steps if order.steps is not None else (order.epochs or 0) * math.ceil(count / order.batch_size)
+    batches: list[Tensor] = []
+    while len(batches) < wanted:
+        batches += torch.split(torch.randperm(count, generator=generator), order.batch_size)
+    return batches[:wanted]
+
+
+def groups(optimizer: Optimizer, blocks: Sequence[Block]) -> list[tuple[int, int, float, float]]:
+    """(first, last, lr, weight decay) of a flat row; neighbours that agree are one."""
+    out: list[tuple[int, int, float, float]] = []
+    for key, start, stop in blocks:
+        lr = next((rate for selector, rate in optimizer.lrs if selects(selector, key)), optimizer.lr)
+        decay = 0.0 if any(selects(selector, key) for selector in optimizer.no_decay) else optimizer.weight_decay
+        if out and out[-1][1:] == (start, lr, decay):
+            out[-1] = (out[-1][0], stop, lr, decay)
+        else:
+            out.append((start, stop, lr, decay))
+    return out
+
+
+def build(optimizer: Optimizer, blocks: Sequence[Block], values: Tensor, grads: Tensor) -> torch.optim.Optimizer:
+    """A fresh torch optimiser on slices of one lane's row: it computes what it would on the separate parameters, since
+    its formulas are elementwise. It updates ``values`` in place."""
+    parameters: list[dict[str, Any]] = []
+    for start, stop, lr, decay in groups(optimizer, blocks):
+        leaf = values[start:stop].detach().requires_grad_()
+        leaf.grad = grads[start:stop]
+        parameters.append({"params": [leaf], "lr": lr, "weight_decay": decay})
+    if optimizer.name == "adamw":
+        return torch.optim.AdamW(parameters, lr=optimizer.lr)
+    return torch.optim.SGD(parameters, lr=optimizer.lr, momentum=optimizer.momentum)
+
+
+def clip(grads: Tensor, norm: Tensor, largest: float) -> None:
+    """Scales a lane's whole gradient row to at most the given norm, as ``clip_grad_norm_`` does."""
+    grads.mul_((largest / (norm + 1e-6)).clamp(max=1.0))
