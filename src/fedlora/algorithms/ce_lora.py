@@ -50,6 +50,7 @@ class CELoRA(Algorithm[State, Mapping[str, Any], Mapping[str, Any]]):
     {'q/C': tensor([[1.]])}
     """
 
+    given_start = False
     introduce_everyone: ClassVar[bool] = True
 
     training: Training = field(default_factory=Training)

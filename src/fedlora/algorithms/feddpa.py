@@ -41,6 +41,8 @@ class FedDPA(Algorithm[Tree, Memory, Tree]):
             [0., 1.]])
     """
 
+    given_start = False
+
     training: Training = field(default_factory=Training)
     extras: Extras = field(default_factory=Extras)
     scale: float = 1.0

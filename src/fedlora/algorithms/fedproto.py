@@ -37,6 +37,8 @@ class FedProto(Algorithm[Tree, Tree, Tree]):
             [0., 0.]]), 'extra/known': tensor([1., 0.])}
     """
 
+    given_start = False
+
     training: Training = field(default_factory=Training)
     strength: float = 1.0
 

@@ -40,6 +40,8 @@ class FLoRA(Algorithm[State, Tree, Tree]):
     tensor(3.)
     """
 
+    given_start = False
+
     training: Training = field(default_factory=Training)
     extras: Extras = field(default_factory=Extras)
 

@@ -30,6 +30,8 @@ class HeadOnly(Algorithm[Tree, Tree, Tree]):
     {'head/bias': tensor([1., 1.])}
     """
 
+    given_start = False
+
     training: Training = field(default_factory=Training)
     extras: Extras = field(default_factory=Extras)
 

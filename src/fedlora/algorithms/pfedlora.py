@@ -36,6 +36,8 @@ class PFedLoRA(Algorithm[Tree, Tree, Tree]):
     {'extra/A': (3, 5), 'extra/B': (2, 3)}
     """
 
+    given_start = False
+
     training: Training = field(default_factory=lambda: Training(optimizer=Optimizer("sgd", 0.01, 0.9, 1e-3)))
     rank: int = 3
     mu: float = 0.3

@@ -63,6 +63,8 @@ class Algorithm(Generic[State, Memory, Value]):
 
     introduce_everyone: ClassVar[bool] = False
     """Introduce all available clients before round 1, not only the newcomers of each cohort."""
+    given_start: ClassVar[bool] = True
+    """Its one adapter begins at ``ModelSpec.adapter``, which may hold a given one (``[adapter] from``)."""
     federated: ClassVar[bool] = True
     """False: a bound to compare with (all data pooled); it is trained on one client that owns everybody's examples."""
 

@@ -41,7 +41,7 @@ class ModelSpec:
 
     ``sites``: (out, in) of every adapted layer. ``ranks``: the largest rank served, per site. ``whole``: shapes of
     heads, norms and embeddings that may train; ``pretrained`` holds the values of those that the base brings along (the
-    others start from a seeded draw). ``labels`` is the label space (empty for language modelling), ``width`` that of
+    others start from a seeded draw), and the factors of an adapter that a run starts from. ``labels`` is the label space (empty for language modelling), ``width`` that of
     the pooled representation. ``alpha`` is alpha at the largest rank served. ``fingerprint`` covers base weights,
     tokenizer and template, and is compared at the handshake.
     """
@@ -66,7 +66,8 @@ class ModelSpec:
         """PEFT's start: A Kaiming-uniform (bound 1/sqrt(in)), B = 0; A (r, in), B (out, r).
 
         Same seed, same values on every side; smaller ranks are prefixes of larger ones. Ranks are clamped to
-        min(out, in).
+        min(out, in). A site whose factors are among ``pretrained`` starts from those, s B A unchanged; rows beyond
+        theirs are drawn as usual.
         """
         tree: dict[str, Tensor] = {}
         for site, (out, inner) in self.sites.items():
@@ -75,6 +76,12 @@ class ModelSpec:
             tree[f"{site}/A"] = ((2 * full - 1) / math.sqrt(inner))[:rank].clone()
             tree[f"{site}/B"] = torch.zeros(out, rank, dtype=self.dtype)
             tree[f"{site}/scale"] = self.scale(site, rank)
+            if f"{site}/A" in self.pretrained:
+                a, b, scale = (self.pretrained[f"{site}/{name}"].to(self.dtype) for name in ("A", "B", "scale"))
+                if len(a) > rank:
+                    raise ValueError(f"{site} starts from an adapter of rank {len(a)}, but a client has rank {rank}")
+                tree[f"{site}/A"][: len(a)] = a
+                tree[f"{site}/B"][:, : len(a)] = b * (scale / tree[f"{site}/scale"])
         return tree
 
     def start(self, seed: int) -> dict[str, Tensor]:
