@@ -93,7 +93,7 @@ def splits(clients: int, seed: int = 0) -> tuple[dict[str, dict[str, np.ndarray]
 def learner(base: Backbone, lanes: int = 1, clients: int = 6, **options: Any) -> Learner:
     parts, count = splits(clients)
     options = {"spec": spec_of(base, base.dtype), "examples": examples(count), "task": TextClassification(LABELS)} | options
-    return Learner({"base": base}, splits=parts, run_seed=3, lanes=lanes, budget=120, **options)
+    return Learner({"base": base}, splits=parts, run_seed=3, lanes=lanes, tokens=120, **options)
 
 
 def run(executor: Learner, orders: dict[str, Order], seed: int = 5) -> dict[str, Any]:

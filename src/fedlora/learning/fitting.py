@@ -174,7 +174,7 @@ class Fits:
         sums = torch.zeros(self.count, dtype=torch.float64)
         first = next(iter(self.stacks))
         store = self.learner.store(self._backbone(first))
-        for group in cut(work, store.lengths, self.learner.budget):
+        for group in cut(work, store.lengths, self.learner.tokens):
             losses = self._losses(group, active)
             share = torch.tensor([1.0 / len(work[k]) for k in group.lanes], dtype=losses.dtype, device=losses.device)
             if losses.requires_grad:
@@ -191,7 +191,7 @@ class Fits:
 
     def _losses(self, group: Group, active: Mapping[int, Lane]) -> Tensor:
         """One loss per row."""
-        masks = [None if lane is None else self.learner.labels.get(lane.ready.job.client) for lane in self.lanes]
+        masks = [None if lane is None else self.learner.label_mask(lane.ready.job.client) for lane in self.lanes]
         outputs: dict[str, Outputs] = {}
         batches: dict[str, tuple[Mapping[str, Tensor], Tensor]] = {}
         for name, stack in self.stacks.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,9 +43,9 @@ class Learner:
     """Runs jobs on shared frozen backbones (an ``Executor``).
 
     ``examples``: the tokenised store, or one per backbone where these read text differently; ``splits``: rows by
-    client and split; ``lanes``: how many jobs share a pass; ``budget``: tokens in a pass with gradients; ``labels``: by
-    client, (labels,) True where a label is in the client's own space (a client that is not named has them all);
-    ``dropout``: of the adapters' input while training.
+    client and split; ``lanes``: how many jobs share a pass; ``tokens``: how many of them a pass with gradients holds;
+    ``dropout``: of the adapters' input while training; ``own_labels``: loss and scores know only the labels that occur
+    in the client's own data.
 
     With ``lanes = 1`` a result is a function of the job and the data alone.
     """
@@ -57,14 +57,15 @@ class Learner:
     spec: ModelSpec
     run_seed: int
     lanes: int = 1
-    budget: int = 2048
-    labels: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    tokens: int = 2048
     dropout: float = 0.0
+    own_labels: bool = False
 
     def __post_init__(self) -> None:
         self.head = {k: v for k, v in self.spec.start(self.run_seed).items() if k.startswith("head/")}
         self.merges = Merges()
         self._tickets = 0
+        self._masks: dict[str, Tensor] = {}
         self._waiting: dict[tuple[object, ...], deque[Ready]] = {}
         self._running: dict[tuple[object, ...], Fits] = {}
 
@@ -122,6 +123,18 @@ class Learner:
         units = self.units(client, "train")
         counts = np.bincount(self.store("base").labels[units], minlength=len(self.spec.labels))
         return len(units), {label: int(n) for label, n in zip(self.spec.labels, counts)}
+
+    def label_mask(self, client: str) -> Tensor | None:
+        """(labels,) True where a label occurs in the client's own data; None: it has them all."""
+        if not self.own_labels or not self.spec.labels:
+            return None
+        if client not in self._masks:
+            store = self.store("base")
+            rows = [store.units(np.asarray(rows, dtype=np.int64)) for rows in self.splits[client].values()]
+            mask = torch.zeros(len(self.spec.labels), dtype=torch.bool)
+            mask[torch.from_numpy(store.labels[np.concatenate(rows)])] = True
+            self._masks[client] = mask
+        return self._masks[client]
 
     # -- preparation
 
@@ -228,10 +241,10 @@ class Learner:
 
     def _passes(self, taken: Sequence[Ready], stack: Stack) -> Any:
         work = {lane: ready.units for lane, ready in enumerate(taken) if len(ready.units)}
-        masks = [self.labels.get(r.job.client) for r in taken]
+        masks = [self.label_mask(r.job.client) for r in taken]
         store = self.store(taken[0].models["model"].model.backbone)
         if work:
-            for group in cut(work, store.lengths, self.budget * SCORING):
+            for group in cut(work, store.lengths, self.tokens * SCORING):
                 inputs, labels = self.batch(stack.backbone, taken[0].models["model"].model.backbone, group)
                 yield group, stack.outputs(inputs, group.segments, masks), labels
 
