@@ -115,7 +115,7 @@ def _train(experiment: Experiment, saved: Mapping[str, Any] | None, progress: bo
             files.append(folder / "metrics.jsonl", line)
             watched.done(line)
             checkpoint = {**report.checkpoint, "population": experiment.population.digest}
-            experiment.flush_memories()
+            experiment.fleet.flush()
             checkpoints.save(folder / "checkpoints", checkpoint)
             report.saved()
         assert checkpoint is not None  # round 0 is always reported
@@ -159,9 +159,11 @@ def _scores(experiment: Experiment, checkpoint: Mapping[str, Any]) -> dict[str, 
         order = stream(experiment.config.seed, "eval", checkpoint["round"])
         clients = [clients[i] for i in sorted(_permutation(len(clients), order)[:count])]
     summary = summarise(experiment.evaluate(checkpoint, clients), experiment.metric)
-    personal = {key: summary["personal"][key] for key in ("mean", "std", "worst_decile")}
-    overall = summary["global"]
-    return {"personal": personal, "global": None if overall is None else overall["score"]}
+    personal, overall = summary["personal"], summary["global"]
+    return {
+        "personal": {key: personal[key] for key in ("mean", "std", "worst_decile", "variants")},
+        "global": None if overall is None else overall["score"],
+    }
 
 
 def _permutation(count: int, generator: Any) -> list[int]:

@@ -1,0 +1,60 @@
+"""What clients would deploy, as models: the same that were scored, written as adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedlora.federation.algorithm import Request
+from fedlora.federation.memory import quoted
+from fedlora.federation.orders import Model
+from fedlora.federation.spec import Client
+from fedlora.study import export
+from fedlora.study.experiment import Experiment
+
+MOST = 100
+"""Clients' adapters that are written where the run file does not say."""
+
+
+def deployed(experiment: Experiment, checkpoint: Mapping[str, Any], client: Client) -> dict[str, Model]:
+    """A client's models by variant, the deployed one first: what an evaluation of this checkpoint scores.
+
+    The program draws from the streams of that evaluation, so training at the end (local fine-tuning) repeats exactly.
+    """
+    algorithm, round = experiment.algorithm, int(checkpoint["round"])
+    payload = algorithm.broadcast(checkpoint["state"], client, round)
+    acked = checkpoint["acked"].get(client.id)
+    total = experiment.config.training.rounds
+    request = Request(experiment.run_id, "evaluate", round, total, acked, None, payload)
+    return experiment.fleet.models(client.id, request)
+
+
+def write_adapters(experiment: Experiment, checkpoint: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+    """``adapters/global`` where a global model exists, and ``adapters/clients/ID`` for as many as the run file says."""
+    adapters = experiment.folder / "adapters"
+    judge = experiment.algorithm.server_model(checkpoint["state"])
+    if judge is not None:
+        scores = summary["global"] or {}
+        write(experiment, adapters / export.GLOBAL, judge, None, scores.get("score"))
+    wanted = experiment.config.output.client_adapters
+    count = {"all": len(experiment.judged), "none": 0, None: min(len(experiment.judged), MOST)}.get(wanted, wanted)
+    for client in experiment.judged[:count]:
+        models = deployed(experiment, checkpoint, client)
+        place = adapters / export.CLIENTS / quoted(client.id)
+        write(
+            experiment, place, next(iter(models.values())), client.id, summary["personal"]["per_client"].get(client.id)
+        )
+
+
+def write(experiment: Experiment, folder: Any, model: Model, client: str | None, score: float | None) -> None:
+    """One deployed model as a folder."""
+    about = export.About(
+        export.settings(experiment.config),
+        experiment.population.labels,
+        experiment.config.algorithm.name,
+        client,
+        {} if score is None else {experiment.metric.name: score},
+        export.recipe(experiment.backbone),
+    )
+    start = export.heads(experiment.spec, experiment.config.seed)
+    export.save(folder, model, export.base_of(experiment.backbone), about, start)

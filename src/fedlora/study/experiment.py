@@ -1,0 +1,254 @@
+"""From a configuration to everything that a run needs: data, base, algorithm, clients, and the fleet that runs them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedlora.adapters.algebra import ranks as ranks_of
+from fedlora.adapters.peft import fit_to, read
+from fedlora.data.population import Population, build, from_datasets
+from fedlora.data.profiles import RankProfile, ranks
+from fedlora.engines.simulator import Simulator
+from fedlora.errors import UserError
+from fedlora.federation.algorithm import Algorithm
+from fedlora.federation.memory import DiskMemory
+from fedlora.federation.rounds import evaluate
+from fedlora.federation.sampling import Cohorts
+from fedlora.federation.spec import Client, Extras, ModelSpec, Sums
+from fedlora.learning.backbone import Backbone, load_backbone
+from fedlora.learning.fast import measure
+from fedlora.learning.learner import Learner
+from fedlora.learning.tasks import Examples, Task
+from fedlora.study import algorithm as algorithms
+from fedlora.study.config import RunConfig
+from fedlora.study.summary import Metric
+from fedlora.study.tasks import task_of
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+POOLED = "(all data pooled)"
+EVERYONE = "(everyone's test data)"
+LANES, TOKENS = 8, 2048
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """A run, ready to start. ``config`` is resolved: every default and every measured choice is written out.
+
+    ``judged``: the clients that are scored; ``strangers``: those outside training.
+    """
+
+    config: RunConfig
+    folder: Path
+    population: Population
+    backbone: Backbone
+    task: Task
+    examples: Examples
+    spec: ModelSpec
+    algorithm: Algorithm[Any, Any, Any]
+    learner: Learner
+    fleet: Simulator
+
+    @cached_property
+    def judged(self) -> tuple[Client, ...]:
+        """The clients that are scored on the way and at the end."""
+        return tuple(self.fleet.clients[name] for name in self.population.seen)
+
+    @cached_property
+    def strangers(self) -> tuple[Client, ...]:
+        """Clients that never train."""
+        return tuple(self.fleet.clients[name] for name in self.population.unseen)
+
+    @property
+    def run_id(self) -> str:
+        """What client memories are filed under."""
+        return "run"
+
+    @property
+    def sampler(self) -> Cohorts:
+        """Who takes part in a round."""
+        return Cohorts(self.config.training.clients_per_round)
+
+    @property
+    def metric(self) -> Metric:
+        """The task's main score."""
+        return Metric(*self.task.metric)
+
+    def evaluate(self, checkpoint: Mapping[str, Any], clients: Iterable[Client]) -> dict[str, dict[str, Sums]]:
+        """Sums on the test data by client and variant, the deployed one first."""
+        results: Iterator[tuple[str, dict[str, Sums]]] = evaluate(
+            self.algorithm,
+            checkpoint,
+            self.fleet,
+            clients,
+            total=self.config.training.rounds,
+            run_id=self.run_id,
+        )
+        return dict(results)
+
+
+def assemble(
+    config: RunConfig,
+    folder: Path,
+    *,
+    model: Any = None,
+    clients: Mapping[str, Any] | None = None,
+) -> Experiment:
+    """Reads the data, loads the base, builds the algorithm, and settles every open choice of the configuration."""
+    kind = config.model.task
+    population = build(config.data, kind) if clients is None else from_datasets(clients, config.data, kind)
+    algorithm = algorithms.build(config)
+    extras: Extras = getattr(algorithm, "extras", Extras())
+    device = _device(config.engine.device)
+    backbone = load_backbone(
+        config.model.name if model is None else model,
+        kind,
+        labels=population.labels,
+        pooling=config.model.pooling,
+        targets=config.adapter.targets,
+        layers=config.adapter.layers,
+        device=device,
+        processor=getattr(model, "processor", None),
+    )
+    task = task_of(config, population, backbone)
+    examples = task.encode(population.table, backbone.processor)
+    profiles = ranks(config.clients.ranks or config.adapter.rank, list(population.clients), config.seed)
+    by_site = {name: _per_site(profile, backbone) for name, profile in profiles.items()}
+    largest = {site: max(own[site] for own in by_site.values()) for site in backbone.sites}
+    top = max(largest.values(), default=1)
+    spec = backbone.spec(largest, config.adapter.alpha or 2.0 * top, config.adapter.scaling, extras)
+    if config.adapter.start:
+        spec = _started(spec, config, algorithm, backbone, by_site)
+    config = _resolved(config, algorithm, population, backbone, task, examples, spec)
+    backbone.to(DTYPES[config.model.dtype])
+    members = {
+        name: Client(name, by_site[name], examples=len(population.train(name)) or None) for name in population.clients
+    }
+    splits: dict[str, Mapping[str, np.ndarray]] = dict(population.clients)
+    strangers = set(population.unseen)
+    if not algorithm.federated:
+        splits[POOLED] = _pooled(population)
+        strangers |= set(members)
+        size = sum(len(splits[POOLED][part]) for part in ("fit", "holdout"))
+        members[POOLED] = Client(POOLED, largest, examples=size)
+    learner = Learner(
+        {"base": backbone},
+        task,
+        examples,
+        splits,
+        spec,
+        config.seed,
+        lanes=int(config.engine.lanes),
+        budget=int(config.engine.tokens),
+        labels=_own_labels(population, spec.labels) if config.data.label_space == "client" else {},
+        dropout=config.adapter.dropout,
+    )
+    fleet = Simulator(
+        algorithm,
+        spec,
+        learner,
+        members,
+        learner.facts,
+        config.seed,
+        lanes=int(config.engine.lanes),
+        store=lambda client: DiskMemory(folder / "memories", client),
+        strangers=frozenset(strangers),
+    )
+    return Experiment(config, folder, population, backbone, task, examples, spec, algorithm, learner, fleet)
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"[engine] device = {name!r}: {error}", 'use "auto", "cpu" or "cuda"') from None
+    return name
+
+
+def _per_site(profile: RankProfile, backbone: Backbone) -> dict[str, int]:
+    """A client's rank at every site, no more than its smaller side."""
+    sizes = {site: min(layer.out_features, layer.in_features) for site, layer in backbone.sites.items()}
+    return {site: min(profile.attention if _attention(site) else profile.mlp, size) for site, size in sizes.items()}
+
+
+def _attention(site: str) -> bool:
+    return any(word in site.lower() for word in ("attn", "attention"))
+
+
+def _pooled(population: Population) -> dict[str, np.ndarray]:
+    """Everybody's training rows as one client's, and all test rows."""
+    seen = [population.clients[name] for name in population.seen]
+    return {part: np.concatenate([rows[part] for rows in seen]) for part in ("fit", "holdout", "test")}
+
+
+def _started(
+    spec: ModelSpec,
+    config: RunConfig,
+    algorithm: Algorithm[Any, Any, Any],
+    backbone: Backbone,
+    by_site: Mapping[str, Mapping[str, int]],
+) -> ModelSpec:
+    """The specification with a PEFT folder's adapter (and head) as the start."""
+    place = f"[adapter] from = {config.adapter.start!r}"
+    if not algorithm.given_start:
+        raise UserError(f"{place}: {config.algorithm.name} does not begin with one given adapter", "leave it out")
+    tree = read(Path(str(config.adapter.start)), backbone.head_path)
+    fit_to(tree, spec.sites, place)
+    for site, rank in ranks_of(tree).items():
+        for client, own in by_site.items():
+            if own[site] < rank:
+                raise UserError(
+                    f"{place} has rank {rank} at {site}, client {client!r} rank {own[site]}",
+                    "give [clients] ranks that hold it",
+                )
+    given = {name: value.to(spec.dtype) for name, value in tree.items()}
+    return replace(spec, pretrained={**spec.pretrained, **given})
+
+
+def _own_labels(population: Population, labels: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Which labels each client has in its training data: (labels,) bool, by client."""
+    number = {label: i for i, label in enumerate(labels)}
+    column = np.array([number[str(value)] for value in population.table["label"][:]])
+    masks: dict[str, torch.Tensor] = {}
+    for name in population.clients:
+        masks[name] = torch.zeros(len(labels), dtype=torch.bool)
+        masks[name][torch.from_numpy(column[population.train(name)])] = True
+    return masks
+
+
+def _resolved(
+    config: RunConfig,
+    algorithm: Algorithm[Any, Any, Any],
+    population: Population,
+    backbone: Backbone,
+    task: Task,
+    examples: Examples,
+    spec: ModelSpec,
+) -> RunConfig:
+    """The configuration with all that was open: the algorithm's defaults, labels, alpha, the measured compute type."""
+    config = algorithms.stated(config, algorithm)
+    dtype = config.model.dtype
+    if dtype == "auto":
+        chosen = measure(backbone, task, examples, spec)
+        dtype = str(chosen).removeprefix("torch.")
+    auto = config.engine
+    return config.replace(
+        model={"dtype": dtype},
+        adapter={"alpha": spec.alpha},
+        data={"labels": list(population.labels) or None},
+        clients={"ranks": config.clients.ranks or config.adapter.rank},
+        engine={
+            "lanes": LANES if auto.lanes == "auto" else auto.lanes,
+            "tokens": TOKENS if auto.tokens == "auto" else auto.tokens,
+            "device": os.fspath(_device(auto.device)),
+        },
+    )

@@ -1,0 +1,216 @@
+"""The quickstart: code bases as clients teach a small language model code, and nobody's sources leave home.
+
+Everything it does goes through ordinary run files, which it writes beside its results: they can be changed and run
+again with ``fedlora run``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from fedlora.data.packages import HELD_OUT, available, sources
+from fedlora.errors import UserError
+from fedlora.study.folder import write_json
+from fedlora.study.report import megabytes, number
+
+CLIENTS = 16
+TRAIN_BYTES, HELD_BYTES = 32_000, 6_000
+RANKS = (4, 8, 16)
+SPLITS = ("test", "validation", "train")
+
+RUN_FILE = """\
+# Written by `fedlora quickstart`: a federation of code bases. Change anything and run it again: fedlora run {file}
+seed = {seed}
+
+[model]
+name = "embedded-lm"          # a hub id or a folder of your own model
+task = "causal-lm"
+
+[data]
+train = "data/train.jsonl"    # your own file: one JSON object a line
+validation = "data/validation.jsonl"
+test = "data/test.jsonl"
+text = "text"
+partition = {{ by = "column", column = "client" }}
+
+[adapter]
+rank = 16
+
+[clients]
+ranks = [4, 8, 16]            # what each client can afford, in turn
+
+[algorithm]
+name = "{algorithm}"
+{parameters}
+[training]
+rounds = {rounds}
+{training}
+eval_every = 0
+
+[output]
+client_adapters = "all"
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result: bits per byte on each client's own files and on everybody's, bytes sent."""
+
+    name: str
+    mean: float | None
+    std: float | None
+    worst_decile: float | None
+    everyone: float | None
+    sent: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run of the quickstart: what its file says."""
+
+    file: str
+    algorithm: str
+    rounds: int
+    training: str
+    parameters: str = ""
+
+
+PLANS = (
+    Plan("alone", "local", 3, "epochs = 1\nbatch_size = 8\nlr = 0.003"),
+    Plan("flexlora", "flexlora", 6, "epochs = 1\nbatch_size = 8\nlr = 0.003", "finetune_epochs = 1\n"),
+    Plan("pooled", "pooled", 4, "epochs = 1\nbatch_size = 16\nlr = 0.003"),
+)
+
+
+def quickstart(out: Path, *, seed: int = 0, console: Console | None = None, plans: Sequence[Plan] = PLANS) -> Group:
+    """Writes data and run files, runs them, and prints one table; everything lands in ``out``."""
+    from fedlora.study.config import load
+    from fedlora.study.run import run
+
+    console = console or Console()
+    start = time.perf_counter()
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out}: exists and is not empty", "remove it or choose another --out")
+    names = write_data(out / "data", seed)
+    console.print(f"{len(names)} clients, each one code base: {', '.join(names)}")
+    summaries: dict[str, Mapping[str, Any]] = {}
+    for plan in plans:
+        file = out / f"{plan.file}.toml"
+        file.write_text(text_of(plan, seed, file))
+        console.print(f"fedlora run {file}", highlight=False)
+        summaries[plan.file] = run(load(file), out=out / plan.file, progress=True).summary
+    rows = rows_of(summaries)
+    shown = picture(rows, summaries, time.perf_counter() - start)
+    console.print(shown)
+    write_json(out / "table.json", {"seed": seed, "clients": names, "rows": [vars(row) for row in rows]})
+    paper = Console(record=True, width=100, file=io.StringIO())
+    paper.print(shown)
+    paper.save_svg(str(out / "table.svg"), title="fedlora quickstart")
+    for path in (out / "table.svg", out / "table.json", *(out / plan.file for plan in plans)):
+        console.print(f"wrote {path}", highlight=False)
+    return shown
+
+
+def text_of(plan: Plan, seed: int, file: Path) -> str:
+    """The run file of a plan."""
+    return RUN_FILE.format(
+        file=file,
+        seed=seed,
+        algorithm=plan.algorithm,
+        parameters=plan.parameters,
+        rounds=plan.rounds,
+        training=plan.training,
+    )
+
+
+def write_data(folder: Path, seed: int) -> list[str]:
+    """Each client's files, split by file, into train, validation and test JSONL; the clients' names."""
+    folder.mkdir(parents=True)
+    names = [name for name in available(HELD_OUT) if enough(sources(name))][:CLIENTS]
+    if len(names) < 2:
+        raise UserError(
+            "the quickstart needs at least two code bases that are installed",
+            f"install some of {', '.join(HELD_OUT)}",
+        )
+    examples = {split: [] for split in SPLITS}
+    for name in names:
+        for split, files in divided(sources(name), name, seed).items():
+            examples[split] += [{"client": name, "file": path, "text": text} for path, text in files]
+    for split, rows in examples.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return names
+
+
+def enough(files: Sequence[tuple[str, str]]) -> bool:
+    """At least three files, and the bytes that training and both held-out parts ask for."""
+    return len(files) >= 3 and sum(len(text) for _, text in files) >= TRAIN_BYTES // 2
+
+
+def divided(files: Sequence[tuple[str, str]], name: str, seed: int) -> dict[str, list[tuple[str, str]]]:
+    """A client's files in random order: test and validation first, then training, each up to its size in bytes.
+
+    No file is in two parts; the last file of a part is cut to the size.
+    """
+    order = list(files)
+    random.Random(f"{seed}/{name}").shuffle(order)
+    parts: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
+    for position, (split, size) in enumerate(zip(SPLITS, (HELD_BYTES, HELD_BYTES, TRAIN_BYTES), strict=True)):
+        room = size
+        while room > 0 and len(order) > len(SPLITS) - 1 - position:
+            path, text = order.pop()
+            parts[split].append((path, text[:room]))
+            room -= len(text)
+    return parts
+
+
+def rows_of(summaries: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """The table's rows from the runs' summaries."""
+    alone, flex, pooled = summaries["alone"], summaries["flexlora"], summaries["pooled"]
+    variants = flex["personal"]["variants"]
+
+    def row(name: str, scores: Mapping[str, Any], everyone: float | None, sent: int) -> Row:
+        return Row(name, scores["mean"], scores["std"], scores["worst_decile"], everyone, sent)
+
+    traffic = flex["bytes"]["up"] + flex["bytes"]["down"]
+    return [
+        row("base", alone["personal"]["variants"]["base"], None, 0),
+        row("each alone", alone["personal"], None, 0),
+        row("FlexLoRA", variants["global"], flex["global"]["score"], traffic),
+        row("FlexLoRA + one local epoch", variants["finetuned"], None, traffic),
+        row("all data pooled (not federated)", pooled["personal"], pooled["global"]["score"], 0),
+    ]
+
+
+def picture(rows: Sequence[Row], summaries: Mapping[str, Mapping[str, Any]], seconds: float) -> Group:
+    """The result: a table with bars of what was gained on the base."""
+    table = Table(title="bits per byte on held-out source files (lower is better)", title_justify="left")
+    for heading in ("", "own files", "std", "worst tenth", "everyone's", "sent"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in rows:
+        table.add_row(
+            row.name,
+            number(row.mean),
+            number(row.std),
+            number(row.worst_decile),
+            number(row.everyone),
+            megabytes(row.sent) if row.sent else "-",
+        )
+    base = rows[0].mean or 0.0
+    best = max(base - (row.mean or base) for row in rows)
+    bars = [Text("gain over the base, bits per byte")]
+    for row in rows[1:]:
+        gain = base - (row.mean or base)
+        bars.append(Text(f"  {row.name:<32} {'█' * round(40 * max(gain, 0) / best) if best > 0 else ''} {gain:+.4f}"))
+    clients = summaries["flexlora"]["clients"]
+    return Group(table, *bars, Text(f"{clients} clients, {seconds:.0f} s"))
