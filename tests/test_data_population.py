@@ -61,15 +61,18 @@ def _owner_and_split(population: Population) -> dict[int, tuple[str, str]]:
     ),
     st.integers(0, 3),
     st.sampled_from([0.0, 0.5]),
+    st.sampled_from([0, 1]),
 )
 def test_every_row_has_one_client_and_one_split(
-    tmp_path: Path, count: int, way: dict[str, object], seed: int, repeats: float
+    tmp_path: Path, count: int, way: dict[str, object], seed: int, repeats: float, held: int
 ) -> None:
     rows = _rows(count, seed=seed)
     rng = random.Random(seed)
     rows = [{**row, "text": rng.choice(rows)["text"].upper() + "!"} if rng.random() < repeats else row for row in rows]
     source = _file(tmp_path / "a.jsonl", rows)
-    config = DataSettings(train=source, partition=PartitionSettings(**way), seed=seed)
+    config = DataSettings(
+        train=source, partition=PartitionSettings(**way), seed=seed, holdout_clients=held, label_space="client"
+    )
     one, two = build(config, TASK), build(config, TASK)
     assert _all_rows(one) == list(range(count))
     assert one.digest == two.digest
@@ -82,12 +85,13 @@ def test_every_row_has_one_client_and_one_split(
         texts.setdefault(text.lower().rstrip("!"), set()).add(where[row][1])
     crossing = [text for text, splits in texts.items() if len(splits) > 1]
     assert not crossing
-    trained = {one.table["label"][int(row)] for client in one.seen for row in one.train(client)}
+    trained = {one.table["label"][int(row)] for client in one.clients for row in one.train(client)}
     assert one.labels == tuple(sorted(trained)) == tuple(sorted({str(row["label"]) for row in rows}))
+    assert len(one.seen) == len(one.clients) - held
     for client, splits in one.clients.items():
         fit, holdout = splits["fit"], splits["holdout"]
         assert fit.dtype == holdout.dtype == np.int64
-        assert len(fit) > 0
+        assert len(fit) > 0 or client in one.unseen
         assert np.array_equal(one.train(client), np.sort(np.concatenate([fit, holdout])))
 
 

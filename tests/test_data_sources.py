@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.data.fields import columns_of, extract
+from fedlora.data.fields import columns_of, examples, extract
 from fedlora.data.keys import decode_id, encode_id, in_order
 from fedlora.data.settings import DataSettings, PartitionSettings
 from fedlora.data.sources import parts, read
@@ -89,6 +89,11 @@ def test_a_suffix_takes_the_rows_of_a_split(tmp_path: Path) -> None:
         _table(f"{path}:test")
     with pytest.raises(UserError, match=r"no row has 'tset'.*nearest: 'test'"):
         read(f"{path}:tset")
+
+
+def test_examples_of_one_more_file(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.csv", "body,stars\na,3\n")
+    assert examples(path, DataSettings(text="body", label="stars"), TASK).to_list() == [{"text": "a", "label": "3"}]
 
 
 def test_folders(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def test_divide_places_every_row_once_and_keeps_copies_together(world: dict[str,
         assert len(set(role[~placed & (world["group"] == group)])) <= 1
     for client, has_test in enumerate(world["has_test"]):
         mine = ~placed & (world["client"] == client)
+        assert FIT in role[mine] or not mine.any()
         if has_test:
             assert TEST not in role[mine]
         if (placed & (world["client"] == client) & (world["given"] == HOLDOUT)).any():
@@ -123,9 +124,13 @@ def test_a_label_of_the_test_rows_alone_is_moved_to_training() -> None:
     role = np.array([FIT, TEST, TEST, TEST, HOLDOUT])
     label = np.array([0, 1, 1, 2, 3])
     group = np.array([0, 1, 2, 2, 3])
-    kept = keep_trained(role, label, group, np.array([True] * 5))
-    assert kept.tolist() == [FIT, FIT, FIT, FIT, HOLDOUT] or kept.tolist() == [FIT, FIT, TEST, TEST, HOLDOUT]
-    assert {label[i] for i in range(5) if kept[i] != TEST} >= {0, 1, 3}
+    every = np.full(5, True)
+    kept = keep_trained(role, label, group, free=every, trains=every)
+    assert kept.tolist() == [FIT, FIT, FIT, FIT, HOLDOUT]  # row 3 is a copy of row 2, but its label 2 needs it
+    stranger = np.array([True, True, True, False, True])
+    assert keep_trained(role, label, group, every, stranger).tolist() == [FIT, FIT, TEST, TEST, HOLDOUT]
+    placed = np.array([True, False, True, True, True])
+    assert keep_trained(role, label, group, placed, every).tolist() == [FIT, TEST, FIT, FIT, HOLDOUT]
     assert role.tolist() == [FIT, TEST, TEST, TEST, HOLDOUT]
 
 

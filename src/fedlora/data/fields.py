@@ -12,7 +12,7 @@ import pyarrow.compute
 
 from fedlora.data.keys import listed, nearest
 from fedlora.data.settings import DataSettings
-from fedlora.data.sources import Part, dataset
+from fedlora.data.sources import Part, Split, dataset, parts
 from fedlora.errors import UserError
 
 TASKS = ("text-classification", "image-classification", "causal-lm")
@@ -66,6 +66,12 @@ def extract(part: Part, columns: Mapping[str, str]) -> pa.Table:
         else:
             taken[ours] = _texts(part, theirs, column, features[theirs], trim=ours in ("label", "client"))
     return pa.table(taken)
+
+
+def examples(source: str, settings: DataSettings, task: str, split: Split = "test") -> datasets.Dataset:
+    """The checked examples of one more source (to evaluate on, say), under the columns' names that `settings` give."""
+    columns = columns_of(settings, task)
+    return as_dataset([extract(part, columns) for part in parts(source, split)])
 
 
 def as_dataset(tables: Sequence[pa.Table]) -> datasets.Dataset:

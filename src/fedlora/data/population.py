@@ -253,11 +253,12 @@ def _finish(rows: _Rows, settings: DataSettings) -> Population:
         rows.has_test,
         stream(settings.seed, "split"),
     )
-    unseen = np.isin(rows.client, [i for i, name in enumerate(rows.ids) if name in set(rows.unseen)])
+    strangers = set(rows.unseen)
+    unseen = np.isin(rows.client, [i for i, name in enumerate(rows.ids) if name in strangers])
     if rows.labels:
-        role = keep_trained(role, code, group, owned & ~unseen & (rows.given == -1))
+        role = keep_trained(role, code, group, free=owned & (rows.given == -1), trains=owned & ~unseen)
     clients = Clients(rows.ids, rows.client, role)
-    _check_clients(clients, set(rows.unseen))
+    _check_clients(clients, strangers)
     labels: tuple[str, ...] = ()
     if rows.labels:
         learns = owned & (role != TEST) & (~unseen if settings.label_space == "union" else True)

@@ -83,6 +83,8 @@ def _place_groups(
     order = np.argsort(group, kind="stable")
     ends = np.cumsum(sizes)
     missing = quota.copy()
+    # rows that may still come to FIT, or have: a client must not lose its last one
+    hope = np.bincount(client[role == _FREE], minlength=len(quota))
     several = np.flatnonzero(sizes > 1)
     several = several[rng.permutation(len(several))]
     for number in several[np.argsort(-sizes[several], kind="stable")]:
@@ -91,9 +93,12 @@ def _place_groups(
         owners, counts = np.unique(client[rows_free], return_counts=True)
         gain = (missing[owners] * counts[:, None]).sum(axis=0)
         gain[(quota[owners] == 0).any(axis=0)] = -np.inf
-        place = FIT if len(rows_free) < len(rows) else int(np.argmax(gain))
+        must = len(rows_free) < len(rows) or (hope[owners] == counts).any()
+        place = FIT if must else int(np.argmax(gain))
         role[rows_free] = place
         missing[owners, place] -= counts
+        if place != FIT:
+            hope[owners] -= counts
 
 
 def _place_singles(
@@ -123,17 +128,19 @@ def _place_singles(
     return place
 
 
-def keep_trained(role: np.ndarray, label: np.ndarray, group: np.ndarray, free: np.ndarray) -> np.ndarray:
-    """`role`, changed so that every label with a free row has one to train on (with all copies of that row).
+def keep_trained(
+    role: np.ndarray, label: np.ndarray, group: np.ndarray, free: np.ndarray, trains: np.ndarray
+) -> np.ndarray:
+    """`role`, changed so that every label of the rows `free & trains` has one to train on, with all copies of that row.
 
-    free: (rows,) bool, rows of training clients that the user did not place himself.
+    free: (rows,) bool, rows that the user did not place himself. trains: (rows,) bool, rows of training clients.
     """
     trained = np.zeros(int(label.max(initial=-1)) + 1, dtype=bool)
-    trained[label[free & (role != TEST)]] = True
+    trained[label[trains & (role != TEST)]] = True
     role = role.copy()
-    for row in np.flatnonzero(free):
+    for row in np.flatnonzero(free & trains & ~trained[label]):
         if not trained[label[row]]:
             copies = free & (group == group[row])
             role[copies] = FIT
-            trained[label[copies]] = True
+            trained[label[copies & trains]] = True
     return role
