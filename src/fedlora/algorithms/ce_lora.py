@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters.algebra import add, difference, linalg, mixture, part, ranks, shapes, whole
-from fedlora.algorithms.merging import equal_ranks
+from fedlora.algorithms.merging import equal_ranks, trained
 from fedlora.errors import UserError
 from fedlora.federation.aggregate import Collect
 from fedlora.federation.algorithm import Algorithm, Kind, Update
@@ -110,7 +110,7 @@ class CELoRA(Algorithm[State, Mapping[str, Any], Mapping[str, Any]]):
         optimizer = replace(self.training.optimizer, no_decay=(*self.training.optimizer.no_decay, "C"))
         training = replace(self.training, optimizer=optimizer)
         model = Model({**memory["own"], **payload})
-        tuned = yield from training.fit(local, model, ("A", "B", "C", *self.extras.trained))
+        tuned = yield from training.fit(local, model, trained(local.spec, self.extras, "A", "B", "C"))
         arrays = part(tuned.params, ("C",)) | difference(tuned.params, whole(payload))
         return Update(arrays, local.examples, tuned.sums), {"own": tuned.params}
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fedlora.adapters.algebra import adapter, add, cast, difference, shapes, whole, zeros
-from fedlora.algorithms.merging import equal_ranks, start
+from fedlora.algorithms.merging import equal_ranks, start, trained
 from fedlora.errors import UserError
 from fedlora.federation.aggregate import Mean
 from fedlora.federation.algorithm import Algorithm, Kind, Update
@@ -81,14 +81,10 @@ class FDLoRA(Algorithm[State, Memory, Tree]):
     def client_init(self, local: Local) -> Work[tuple[Update, Memory]]:
         begun = start(local.spec, local.run_seed, self.extras)
         equal_ranks(begun, local.client, "fdlora")
-        tuned = yield from self.training.fit(local, Model(begun), self.trained, epochs=self.stage1_epochs, split="fit")
+        train = trained(local.spec, self.extras, "A", "B")
+        tuned = yield from self.training.fit(local, Model(begun), train, epochs=self.stage1_epochs, split="fit")
         memory = {"personal": tuned.params, "private": self.extras.staying(tuned.params), "rounds": 0}
         return Update(difference(tuned.params, begun), 1.0, tuned.sums), memory
-
-    @property
-    def trained(self) -> tuple[str, ...]:
-        """Selectors of both stages."""
-        return ("A", "B", *self.extras.trained)
 
     def server_introduce(self, state: State, value: Tree, round: int) -> State:
         if state["started"]:  # a late joiner's stage 1 stays its own
@@ -101,7 +97,7 @@ class FDLoRA(Algorithm[State, Memory, Tree]):
 
     def client_update(self, payload: Tree, memory: Memory, local: Local) -> Work[tuple[Update, Memory]]:
         model = Model({**payload, **memory["private"]})
-        tuned = yield from self.training.fit(local, model, self.trained, split="fit")
+        tuned = yield from self.training.fit(local, model, trained(local.spec, self.extras, "A", "B"), split="fit")
         count = memory["rounds"] + 1
         last = local.round >= local.rounds and not self.sync_last
         sync = self.sync_every is not None and count % self.sync_every == 0 and not last

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fedlora.adapters.algebra import adapter, add, difference, shapes
-from fedlora.algorithms.merging import equal_ranks, start
+from fedlora.algorithms.merging import equal_ranks, start, trained
 from fedlora.federation.aggregate import Mean
 from fedlora.federation.algorithm import Algorithm, Kind, Update
 from fedlora.federation.orders import Features, Model, Training, Work
@@ -65,7 +65,7 @@ class FedDPA(Algorithm[Tree, Memory, Tree]):
         return state
 
     def client_update(self, payload: Tree, memory: Memory, local: Local) -> Work[tuple[Update, Memory]]:
-        train = ("A", "B", *self.extras.trained)
+        train = trained(local.spec, self.extras, "A", "B")
         tuned = yield from self.training.fit(local, Model({**payload, **memory["private"]}), train)
         both = Model(memory["own"], others=(adapter(tuned.params),))
         own = yield from self.training.fit(local, both, train)

@@ -19,6 +19,7 @@ from fedlora.algorithms.merging import (
     Unsuitable,
     adam,
     needs_labels,
+    trained,
     yogi,
 )
 from fedlora.federation.algorithm import Aggregator, Algorithm, Kind, Update
@@ -112,7 +113,7 @@ class FedIT(Algorithm[State, Tree, Tree]):
         received = {key: value for key, value in payload.items() if key != SHARE}
         near = Proximal(self.proximal, anchored(received)) if self.proximal else None
         model = Model({**received, **memory})
-        tuned = yield from self.training.fit(local, model, ("A", "B", *self.extras.trained), proximal=near)
+        tuned = yield from self.training.fit(local, model, trained(local.spec, self.extras, "A", "B"), proximal=near)
         arrays = self.merging.send(tuned.params, received)
         if self.prior:
             arrays[SHARE] = self.shares(local) - payload[SHARE]
@@ -143,7 +144,7 @@ class FedIT(Algorithm[State, Tree, Tree]):
         variants = {"personal" if self.extras.personal else self.merging.served: Model(params)}
         if self.finetune_epochs:  # the schedule ends near zero: what follows the last round has its own, full rate
             constant = replace(self.training, schedule="constant")
-            train = ("A", "B", *self.extras.trained)
+            train = trained(local.spec, self.extras, "A", "B")
             tuned = yield from constant.fit(local, Model(params), train, epochs=self.finetune_epochs)
             variants = {"finetuned": Model(tuned.params), **variants}
         if self.prior:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fedlora.adapters.algebra import add, difference, part, shapes, whole
-from fedlora.algorithms.merging import equal_ranks, start
+from fedlora.algorithms.merging import equal_ranks, start, trained
 from fedlora.federation.aggregate import Mean
 from fedlora.federation.algorithm import Algorithm, Kind, Update
 from fedlora.federation.orders import Model, Training, Work
@@ -50,7 +50,7 @@ class FedSALoRA(Algorithm[Tree, Tree, Tree]):
 
     def client_update(self, payload: Tree, memory: Tree, local: Local) -> Work[tuple[Update, Tree]]:
         model = Model(self.own(payload, memory, local))
-        tuned = yield from self.training.fit(local, model, ("A", "B", *self.extras.trained))
+        tuned = yield from self.training.fit(local, model, trained(local.spec, self.extras, "A", "B"))
         kept = part(tuned.params, ("B",)) | self.extras.staying(whole(tuned.params))
         return Update(difference(tuned.params, payload), local.examples, tuned.sums), kept
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedlora.adapters.algebra import add, difference, part, shapes, whole
-from fedlora.algorithms.merging import equal_ranks, start
+from fedlora.algorithms.merging import equal_ranks, start, trained
 from fedlora.federation.aggregate import Mean
 from fedlora.federation.algorithm import Algorithm, Kind, Update
 from fedlora.federation.orders import Model, Training, Work
@@ -49,7 +49,7 @@ class FFALoRA(Algorithm[Tree, Tree, Tree]):
 
     def client_update(self, payload: Tree, memory: Tree, local: Local) -> Work[tuple[Update, Tree]]:
         model = Model({**frozen(local), **payload, **memory})
-        tuned = yield from self.training.fit(local, model, ("B", *self.extras.trained))
+        tuned = yield from self.training.fit(local, model, trained(local.spec, self.extras, "B"))
         arrays = difference(tuned.params, payload)
         return Update(arrays, local.examples, tuned.sums), self.extras.staying(tuned.params)
 

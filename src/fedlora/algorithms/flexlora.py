@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedlora.adapters.algebra import shapes
-from fedlora.algorithms.merging import Svd
+from fedlora.algorithms.merging import Svd, trained
 from fedlora.federation.aggregate import Products
 from fedlora.federation.algorithm import Algorithm, Kind, Update
 from fedlora.federation.orders import Model, Training, Work
@@ -59,7 +59,7 @@ class FlexLoRA(Algorithm[State, Tree, Tree]):
 
     def client_update(self, payload: Tree, memory: Tree, local: Local) -> Work[tuple[Update, Tree]]:
         model = Model({**payload, **memory})
-        tuned = yield from self.training.fit(local, model, ("A", "B", *self.extras.trained))
+        tuned = yield from self.training.fit(local, model, trained(local.spec, self.extras, "A", "B"))
         arrays = MERGING.send(tuned.params, payload)
         return Update(arrays, local.examples, tuned.sums), self.extras.staying(tuned.params)
 
@@ -77,7 +77,7 @@ class FlexLoRA(Algorithm[State, Tree, Tree]):
         variants = {"personal" if self.extras.personal else "truncated": Model(params)}
         if self.finetune_epochs:  # the schedule ends near zero: what follows the last round has its own, full rate
             constant = replace(self.training, schedule="constant")
-            train = ("A", "B", *self.extras.trained)
+            train = trained(local.spec, self.extras, "A", "B")
             tuned = yield from constant.fit(local, Model(params), train, epochs=self.finetune_epochs)
             variants = {"finetuned": Model(tuned.params), **variants}
         return variants

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fedlora.adapters.algebra import adapter, add, cast, difference, shapes, whole
+from fedlora.algorithms.merging import trained
 from fedlora.federation.aggregate import Products
 from fedlora.federation.algorithm import Algorithm, Kind, Update
 from fedlora.federation.orders import Model, Training, Work
@@ -65,7 +66,7 @@ class FLoRA(Algorithm[State, Tree, Tree]):
         shared, merges = received(payload)
         fresh = local.spec.adapter(local.client.ranks, derive(local.run_seed, "fresh", local.round))
         model = Model({**fresh, **shared, **memory}, shared=merges)
-        tuned = yield from self.training.fit(local, model, ("A", "B", *self.extras.trained))
+        tuned = yield from self.training.fit(local, model, trained(local.spec, self.extras, "A", "B"))
         arrays = adapter(tuned.params) | difference(tuned.params, shared)
         return Update(arrays, local.examples, tuned.sums), self.extras.staying(tuned.params)
 

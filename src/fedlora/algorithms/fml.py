@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fedlora.adapters.algebra import add, difference, shapes
-from fedlora.algorithms.merging import equal_ranks, start
+from fedlora.algorithms.merging import equal_ranks, start, trained
 from fedlora.federation.aggregate import Mean
 from fedlora.federation.algorithm import Algorithm, Kind, Update
 from fedlora.federation.orders import Batch, Model, Outputs, Training, Work, label_loss
@@ -59,7 +59,10 @@ class FML(Algorithm[Tree, Memory, Tree]):
         tuned = yield from self.training.fit(
             local,
             {"private": self.mine(memory, local), "shared": Model({**payload, **memory["staying"]})},
-            {"private": ("backbone", "head"), "shared": ("A", "B", *self.extras.trained)},
+            {
+                "private": trained(local.spec, Extras(head="private"), "backbone"),
+                "shared": trained(local.spec, self.extras, "A", "B"),
+            },
             objective=Mutual(self.a, self.b),
         )
         shared = tuned.models["shared"]

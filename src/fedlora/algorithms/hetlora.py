@@ -25,7 +25,7 @@ from fedlora.adapters.algebra import (
     sites,
     whole,
 )
-from fedlora.algorithms.merging import scaling, sliced
+from fedlora.algorithms.merging import scaling, sliced, trained
 from fedlora.federation.aggregate import Mean
 from fedlora.federation.algorithm import Algorithm, Kind, Update
 from fedlora.federation.orders import Batch, Model, Outputs, Training, Work, cross_entropy
@@ -82,7 +82,7 @@ class HetLoRA(Algorithm[State, Memory, Tree]):
         begun = resize(payload, held)
         model = Model({**begun, **memory.get("private", {})})
         objective = cross_entropy if self.prune is None else Trailing(self.prune, self.penalty)
-        train = ("A", "B", *self.extras.trained)
+        train = trained(local.spec, self.extras, "A", "B")
         tuned = yield from self.training.fit(local, model, train, objective=objective)
         left = self.pruned(begun, tuned.params)
         arrays = resize(adapter(tuned.params), left) | difference(tuned.params, whole(payload))

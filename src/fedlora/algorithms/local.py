@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedlora.algorithms.merging import trained
 from fedlora.federation.aggregate import Mean
 from fedlora.federation.algorithm import Algorithm, Kind, Update
 from fedlora.federation.orders import Model, Score, Training, Work
@@ -52,7 +53,7 @@ class LocalOnly(Algorithm[Tree, Memory, Tree]):
     def client_update(self, payload: Tree, memory: Memory, local: Local) -> Work[tuple[Update, Memory]]:
         split = "fit" if self.select else "train"
         model = Model(memory["latest"])
-        tuned = yield from self.training.fit(local, model, ("A", "B", *self.extras.trained), split=split)
+        tuned = yield from self.training.fit(local, model, trained(local.spec, self.extras, "A", "B"), split=split)
         latest, loss = tuned.params, None
         if self.select:
             sums = yield from Score(Model(latest), "holdout")

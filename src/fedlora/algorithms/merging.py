@@ -62,6 +62,17 @@ def start(spec: ModelSpec, seed: int, extras: Extras) -> dict[str, Tensor]:
     return spec.adapter(spec.ranks, seed) | extras.travelling(spec.start(seed))
 
 
+def trained(spec: ModelSpec, extras: Extras, *factors: str) -> tuple[str, ...]:
+    """Selectors of a fit: the factors and the whole parameters that train, where the model has any.
+
+    >>> spec = ModelSpec({"q": (3, 2)}, {"q": 1}, {"head/bias": (2,)}, ("no", "yes"), width=3)
+    >>> trained(spec, Extras(head="private", norm="share"), "A", "B")
+    ('A', 'B', 'head')
+    """
+    present = {name.split("/", 1)[0] for name in spec.whole}
+    return (*factors, *(kind for kind in extras.trained if kind in present))
+
+
 def scaling(spec: ModelSpec) -> dict[str, Any]:
     """The rule of scales as plain values, for states."""
     return {"alpha": float(spec.alpha), "rule": spec.scaling, "ranks": dict(spec.ranks)}

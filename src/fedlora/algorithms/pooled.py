@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedlora.adapters.algebra import add, difference, shapes
+from fedlora.algorithms.merging import trained
 from fedlora.federation.aggregate import Mean
 from fedlora.federation.algorithm import Algorithm, Kind, Update
 from fedlora.federation.orders import Model, Training, Work
@@ -46,7 +47,7 @@ class Pooled(Algorithm[Tree, Tree, Tree]):
         return state
 
     def client_update(self, payload: Tree, memory: Tree, local: Local) -> Work[tuple[Update, Tree]]:
-        tuned = yield from self.training.fit(local, Model(payload), ("A", "B", *self.extras.trained))
+        tuned = yield from self.training.fit(local, Model(payload), trained(local.spec, self.extras, "A", "B"))
         return Update(difference(tuned.params, payload), local.examples, tuned.sums), memory
 
     def expects(self, state: Tree, client: Client, round: int, kind: Kind) -> Mapping[str, Shape | None]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedlora.adapters.algebra import add, difference, part, shapes, whole
-from fedlora.algorithms.merging import equal_ranks, start
+from fedlora.algorithms.merging import equal_ranks, start, trained
 from fedlora.federation.aggregate import Mean
 from fedlora.federation.algorithm import Algorithm, Kind, Update
 from fedlora.federation.orders import Model, Training, Work
@@ -46,10 +46,9 @@ class RoLoRA(Algorithm[Tree, Tree, Tree]):
         return state
 
     def client_update(self, payload: Tree, memory: Tree, local: Local) -> Work[tuple[Update, Tree]]:
-        trained = factor(local.round)
         model = Model({**payload, **memory})
-        tuned = yield from self.training.fit(local, model, (trained, *self.extras.trained))
-        arrays = difference(tuned.params, part(payload, (trained,)) | whole(payload))
+        tuned = yield from self.training.fit(local, model, trained(local.spec, self.extras, factor(local.round)))
+        arrays = difference(tuned.params, part(payload, (factor(local.round),)) | whole(payload))
         return Update(arrays, local.examples, tuned.sums), self.extras.staying(tuned.params)
 
     def expects(self, state: Tree, client: Client, round: int, kind: Kind) -> Mapping[str, Shape | None]:
