@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fedlora.adapters.algebra import product, sites, stack, svd, whole
+from fedlora.adapters.algebra import linalg, product, sites, stack, whole
 from fedlora.adapters.lora import LaneLinear
 from fedlora.errors import UserError
 from fedlora.federation.orders import Model, logits
@@ -104,9 +104,9 @@ def flatten(model: Model) -> dict[str, Tensor]:
     """The one plain adapter (A, B, scale per site, and whole parameters) that equals a model, exactly.
 
     A single adapter keeps its factors, C folded into A. Several adapters and shared changes are stacked, weights and
-    scales folded into B, rank = sum of ranks; where that exceeds min(out, in), or a change is dense, its SVD in float64
-    (rank <= min(out, in); what is dropped lies below the rounding of the change itself). ValueError: a gate, an own
-    ``predict`` or private weights cannot be one adapter.
+    scales folded into B, rank = sum of ranks; where that exceeds min(out, in), or a change is dense, it is factored in
+    float64 (rank <= min(out, in); what is dropped lies below the rounding of the change itself). ValueError: a gate,
+    an own ``predict`` or private weights cannot be one adapter.
     """
     if reason := not_plain(model):
         raise ValueError(f"no single adapter: {reason}")
@@ -152,12 +152,19 @@ def _one(site: str, weights: list[float], terms: list[Tree]) -> dict[str, Tensor
 
 
 def _exact(dense: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
-    """(A, B) with B A = dense up to a relative Frobenius error of ``rounding``; at least rank 1."""
-    u, s, vt = svd({"site/W": dense}, "site")
-    tail = s.square().flip(0).cumsum(0).flip(0).sqrt()  # tail[k]: what is lost by keeping k
+    """(A, B) with B A = dense up to a relative Frobenius error of ``rounding``; at least rank 1.
+
+    B holds eigenvectors of dense dense^T (of the smaller side), A = B^T dense: a projection, whose error is what is
+    left out however inexact the eigenvectors are, at a small part of an SVD's time.
+    """
+    if dense.shape[0] > dense.shape[1]:
+        right, left = _exact(dense.T, rounding)
+        return left.T, right.T
+    vectors: Tensor = linalg.eigh(dense @ dense.T)[1].flip(1)
+    rows = vectors.T @ dense
+    tail = rows.square().sum(1).flip(0).cumsum(0).flip(0).sqrt()  # tail[k]: what is lost by keeping k
     kept = max(1, int((tail > rounding * float(tail[0])).sum()))
-    root = s[:kept].sqrt()
-    return root[:, None] * vt[:kept], u[:, :kept] * root
+    return rows[:kept], vectors[:, :kept]
 
 
 def change(model: Model) -> dict[str, Tensor]:
