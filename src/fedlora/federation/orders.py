@@ -212,6 +212,8 @@ def scores(*orders: Score) -> Generator[tuple[Score, ...], tuple[Sums, ...], tup
 class Training:
     """Local training as a run configures it: how long, how large a batch, which optimiser, which schedule over rounds.
 
+    A fresh head starts from noise and has no scale s: it wants a larger rate than the adapters, hence the default.
+
     >>> half = Training(optimizer=Optimizer(lr=0.1), schedule="linear").rate(round=6, rounds=10)
     >>> round(half, 3)
     0.5
@@ -220,7 +222,7 @@ class Training:
     epochs: int | None = 1
     steps: int | None = None
     batch_size: int = 16
-    optimizer: Optimizer = field(default_factory=Optimizer)
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=2e-3, lrs=(("head", 2e-2),)))
     schedule: Literal["constant", "linear", "cosine"] = "constant"
 
     def rate(self, round: int, rounds: int) -> float:
