@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from learning.worlds import RANKS, adapter, backbone, distance, learner, run, spec_of
 
 from fedlora.federation.orders import Fit, Model, Optimizer, Score
+from learning.worlds import RANKS, adapter, backbone, distance, learner, run, spec_of
 
 ADAMW = Optimizer("adamw", 3e-3, weight_decay=0.01, clip=0.5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ def examples(count: int, seed: int = 0, causal: bool = False) -> Examples:
     lengths = np.minimum(draw.geometric(0.12, count) + 2, 30)
     offsets = np.concatenate([[0], lengths.cumsum()])
     tokens = draw.integers(3, VOCAB, offsets[-1]).astype(np.int32)
-    labels = np.array([tokens[a:b].sum() % len(LABELS) for a, b in zip(offsets, offsets[1:])])
+    labels = np.array([tokens[a:b].sum() % len(LABELS) for a, b in itertools.pairwise(offsets)])
     extra: dict[str, Any] = {}
     if causal:
         extra = {"first": np.minimum(draw.integers(1, 4, count), lengths - 1), "bytes": 2 * lengths}
@@ -92,7 +93,11 @@ def splits(clients: int, seed: int = 0) -> tuple[dict[str, dict[str, np.ndarray]
 
 def learner(base: Backbone, lanes: int = 1, clients: int = 6, **options: Any) -> Learner:
     parts, count = splits(clients)
-    options = {"spec": spec_of(base, base.dtype), "examples": examples(count), "task": TextClassification(LABELS)} | options
+    options = {
+        "spec": spec_of(base, base.dtype),
+        "examples": examples(count),
+        "task": TextClassification(LABELS),
+    } | options
     return Learner({"base": base}, splits=parts, run_seed=3, lanes=lanes, tokens=120, **options)
 
 

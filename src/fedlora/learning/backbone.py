@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -114,6 +114,19 @@ class Backbone:
             for config in self._configs:
                 config._attn_implementation = wanted
             self._attention = wanted
+
+    @contextmanager
+    def replaced(self, overrides: Mapping[str, Tensor]) -> Generator[None]:
+        """The base's own parameters hold other values inside the block (for passes that are not differentiated)."""
+        own = {path: self.module.get_parameter(self._actual[path]) for path in overrides}
+        kept = {path: parameter.data for path, parameter in own.items()}
+        try:
+            for path, parameter in own.items():
+                parameter.data = overrides[path].detach()
+            yield
+        finally:
+            for path, parameter in own.items():
+                parameter.data = kept[path]
 
     # -- parameters
 
@@ -235,10 +248,7 @@ def load_backbone(
         raise UserError(f"{kind} needs labels", "name [data] labels or a label column")
     if pooling != "auto" and pooling not in POOLINGS:
         raise UserError(f"[model] pooling = {pooling!r}", f"choose auto, {', '.join(POOLINGS)}")
-    with (
-        _quiet(),
-        torch.random.fork_rng(devices=[]),
-    ):  # heads are drawn from the run's seed, the global stream is not ours
+    with _quiet(), torch.random.fork_rng(devices=[]):  # a head's random start must not move the global stream
         if isinstance(model, nn.Module):
             module, fits = _classifier_of(copy.deepcopy(model), kind, labels, pooling, projection)
         else:
@@ -246,7 +256,7 @@ def load_backbone(
             module, fits = _load(folder, source, kind, labels, pooling, projection)
             processor = _processor(folder, kind) if processor is None else processor
     _settle_padding(module, processor)
-    module = module.to(device=device, dtype=dtype)
+    module.to(device=device, dtype=dtype)
     head, path = None, ""
     if kind != "causal-lm":
         path, found = _find_head(module, len(labels))
@@ -422,7 +432,7 @@ def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
 
 
 @contextmanager
-def _quiet() -> Any:
+def _quiet() -> Generator[None]:
     """No progress bars and no reports of a missing head while loading."""
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()

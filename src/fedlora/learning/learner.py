@@ -16,10 +16,12 @@ from fedlora.federation.orders import Fit, Model, Order, Score, Split, logits
 from fedlora.federation.spec import ModelSpec
 from fedlora.learning.backbone import Backbone
 from fedlora.learning.batches import Group, cut, rows_of, to_device
+from fedlora.learning.examples import Examples, Task
 from fedlora.learning.fitting import Fits
+from fedlora.learning.generation import answer_scores, answers
 from fedlora.learning.lanes import Held, Merges, Stack, alone, check, structure
+from fedlora.learning.language import CausalLM
 from fedlora.learning.optim import chosen
-from fedlora.learning.tasks import Examples, Task
 
 Splits = Mapping[str, np.ndarray]
 """Rows of the table by "fit", "holdout" and "test"."""
@@ -215,7 +217,13 @@ class Learner:
                     into = totals[lane].setdefault(name, [0.0, 0.0])
                     for i in (0, 1):
                         into[i] += float(pair[i][start:stop].sum())
-        return [(r.ticket, {n: (t, c) for n, (t, c) in sums.items()}) for r, sums in zip(taken, totals)]
+        results = [{name: (pair[0], pair[1]) for name, pair in sums.items()} for sums in totals]
+        if isinstance(self.task, CausalLM) and self.task.generate:
+            work = {lane: ready.units for lane, ready in enumerate(taken) if len(ready.units)}
+            given = answers(stack, store, work, self.task.generate, self.tokens * SCORING)
+            for lane, units in work.items():
+                results[lane] |= answer_scores(given[lane], store, units, stack.backbone.processor)
+        return [(ready.ticket, sums) for ready, sums in zip(taken, results)]
 
     @torch.no_grad()
     def _features(self, taken: Sequence[Ready]) -> list[tuple[int, Any]]:

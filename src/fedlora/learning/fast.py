@@ -1,0 +1,75 @@
+"""Which type the base computes in: float32, the exact mode, or bfloat16 where it is faster and accurate enough."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedlora.federation.client import Job
+from fedlora.federation.orders import Features, Fit, Model, Optimizer
+from fedlora.federation.spec import ModelSpec
+from fedlora.learning.backbone import Backbone
+from fedlora.learning.examples import Examples, Task
+from fedlora.learning.learner import Learner
+
+TOLERANCE = 0.05
+"""The largest relative error of pooled features (Frobenius) with which the fast mode is accepted."""
+GAIN = 0.9
+"""bfloat16 must take less than this share of float32's time: a tie is decided for the exact mode."""
+LANES, BATCH, REPEATS = 4, 8, 3
+
+
+def measure(backbone: Backbone, task: Task, examples: Examples, spec: ModelSpec, tokens: int = 2048) -> torch.dtype:
+    """Times a fused training step of the run's own examples in both types and compares their features.
+
+    The backbone is left in the type it came in. Whoever calls writes the answer into the resolved configuration: a
+    resumed run must not measure again.
+    """
+    before = backbone.dtype
+    if before not in (torch.float32, torch.bfloat16) or not len(examples):
+        return before
+    try:
+        seconds, features = {}, {}
+        for dtype in (torch.float32, torch.bfloat16):
+            backbone.to(dtype)
+            learner = _learner(backbone, task, examples, spec, tokens)
+            seconds[dtype] = min(_seconds(learner) for _ in range(REPEATS + 1))  # the first one warms up
+            features[dtype] = _features(learner)
+    except RuntimeError:  # an operation that does not exist in bfloat16
+        return torch.float32
+    finally:
+        backbone.to(before)
+    exact, fast = features[torch.float32].double(), features[torch.bfloat16].double()
+    error = float((exact - fast).norm() / exact.norm().clamp_min(1e-12))
+    quicker = seconds[torch.bfloat16] < GAIN * seconds[torch.float32]
+    return torch.bfloat16 if quicker and error < TOLERANCE else torch.float32
+
+
+def _learner(backbone: Backbone, task: Task, examples: Examples, spec: ModelSpec, tokens: int) -> Learner:
+    """A few clients with evenly spread rows, whatever the run's own clients are."""
+    rows = np.linspace(0, len(examples.rows) - 2, min(LANES * BATCH, len(examples.rows) - 1)).astype(np.int64)
+    splits = {str(k): {"fit": part} for k, part in enumerate(np.array_split(rows, LANES))}
+    return Learner({"base": backbone}, task, examples, splits, spec, 0, LANES, tokens)
+
+
+def _seconds(learner: Learner) -> float:
+    """One fused step: every lane takes one batch."""
+    spec = learner.spec
+    train = ("A", "B", "head") if spec.labels else ("A", "B")
+    adapter = spec.adapter(spec.ranks, 0) | {k: v for k, v in spec.start(0).items() if k.startswith("head/")}
+    for k in range(LANES):
+        order = Fit(Model(adapter), train, steps=1, batch_size=BATCH, optimizer=Optimizer(lr=1e-4))
+        learner.submit(Job(order, k, str(k)))
+    start = time.perf_counter()
+    while not learner.idle:
+        learner.advance()
+    return time.perf_counter() - start
+
+
+def _features(learner: Learner) -> torch.Tensor:
+    learner.submit(Job(Features(Model({}), "fit"), 0, "0"))
+    result: Any = learner.advance()[0][1]
+    return result[0]

@@ -1,0 +1,135 @@
+"""Image classification without an image library in the loop: pixels stay uint8, batches are resized and normalised."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedlora.errors import UserError
+from fedlora.learning.examples import Examples, Inputs, Totals, class_indices, class_scores, require, slices
+
+Array = np.ndarray[Any, Any]
+PATCH = 256
+"""Pixels that count as one token where passes are filled by tokens."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How a model wants its images: of ``size`` (height, width; None: as they are), (x * scale - mean) / std."""
+
+    size: tuple[int, int] | None = None
+    scale: float = 1 / 255
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    mode: str = "bicubic"
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """(images, height, width, channels) uint8 to (images, channels, height, width) float32."""
+        x = pixels.permute(0, 3, 1, 2).float()
+        if self.size is not None and tuple(x.shape[2:]) != self.size:
+            x = functional.interpolate(x, self.size, mode=self.mode, antialias=True, align_corners=False).clamp(0, 255)
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        return (x * self.scale - mean) / std
+
+
+def load_processor(folder: str) -> Pixels:
+    """From a model's ``preprocessor_config.json``."""
+    try:
+        path = Path(folder) / "preprocessor_config.json"
+        if not path.exists():
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(folder, "preprocessor_config.json"))
+        settings: Mapping[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: no preprocessor_config.json beside the model ({error})", "save it there") from error
+    size: Any = settings.get("crop_size") if settings.get("do_center_crop") else None
+    size = size or settings.get("size") or {}
+    edges = (size, size) if isinstance(size, int) else (size.get("height"), size.get("width"))
+    edge = size.get("shortest_edge") if isinstance(size, dict) else None
+    height, width = (edges[0] or edge, edges[1] or edge)
+    normal = settings.get("do_normalize", True)
+    return Pixels(
+        (int(height), int(width)) if height and width else None,
+        float(settings.get("rescale_factor", 1 / 255)) if settings.get("do_rescale", True) else 1.0,
+        tuple(settings.get("image_mean", (0.5, 0.5, 0.5))) if normal else (0.0,),
+        tuple(settings.get("image_std", (0.5, 0.5, 0.5))) if normal else (1.0,),
+        "bicubic" if settings.get("resample", 3) == 3 else "bilinear",
+    )
+
+
+@dataclass(frozen=True)
+class ImageClassification:
+    """One label for one image (a ``datasets`` image column, or arrays of height x width [x channels], 0 to 255)."""
+
+    labels: tuple[str, ...]
+    image: str = "image"
+    label: str = "label"
+    pixels: Pixels = Pixels()
+
+    @property
+    def metric(self) -> tuple[str, bool]:
+        return "accuracy", True
+
+    def encode(self, table: Any, processor: Any) -> Examples:
+        require(table, (self.image, self.label))
+        parts: list[Array] = []
+        for part in slices(table):
+            parts += [_array(value) for value in part[self.image]]
+        stored = _one_size(parts, self._pixels(processor))
+        height, width = self._pixels(processor).size or stored.shape[1:3]
+        return Examples(
+            lengths=np.full(len(stored), max(1, height * width // PATCH), dtype=np.int64),
+            labels=class_indices(table, self.label, self.labels),
+            rows=np.arange(len(stored) + 1),
+            pixels=stored,
+            prepare=self._pixels(processor),
+        )
+
+    def collate(self, examples: Examples, units: Array) -> tuple[Inputs, Tensor]:
+        assert examples.pixels is not None
+        assert examples.prepare is not None
+        pixels = examples.prepare(torch.from_numpy(examples.pixels[units]))
+        return {"pixel_values": pixels}, torch.from_numpy(examples.labels[units])
+
+    def score(self, logits: Tensor, labels: Tensor, examples: Examples, units: Array) -> Totals:
+        return class_scores(logits, labels)
+
+    def _pixels(self, processor: Any) -> Pixels:
+        return processor if isinstance(processor, Pixels) else self.pixels
+
+
+def _array(value: Any) -> Array:
+    """(height, width, channels) uint8."""
+    if hasattr(value, "convert"):
+        value = value.convert("RGB")
+    array = np.asarray(value)
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3:
+        raise UserError(f"an image of shape {array.shape}", "images are height x width or height x width x channels")
+    return array.astype(np.uint8)
+
+
+def _one_size(images: Iterable[Array], wanted: Pixels) -> Array:
+    """All images in one array; where their sizes differ, resized to what the model wants."""
+    images = list(images)
+    if len({image.shape for image in images}) > 1:
+        if wanted.size is None:
+            raise UserError("the images have different sizes", "resize them, or use a model that names its input size")
+        images = [_resized(image, wanted) for image in images]
+    return np.stack(images) if images else np.zeros((0, 1, 1, 3), dtype=np.uint8)
+
+
+def _resized(image: Array, wanted: Pixels) -> Array:
+    x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float()
+    x = functional.interpolate(x, wanted.size, mode=wanted.mode, antialias=True, align_corners=False)
+    return x.clamp(0, 255).round().byte()[0].permute(1, 2, 0).expand(-1, -1, 3).numpy()
