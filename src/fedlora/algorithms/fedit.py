@@ -99,7 +99,8 @@ class FedIT(Algorithm[State, Tree, Tree]):
                 "leave out server and server_lr, or use merge = 'average'",
             )
         merged = self.merging.init(spec, seed, self.extras)
-        state: dict[str, Any] = {"merged": merged, "moments": self.stepping.init(merged), "rounds": 0}
+        moments = {} if self.merge == "svd" else self.stepping.init(merged)
+        state: dict[str, Any] = {"merged": merged, "moments": moments, "rounds": 0}
         if self.prior:
             needs_labels(spec, "prior = true")
             state["share"] = torch.full((len(spec.labels),), 1 / len(spec.labels), dtype=spec.dtype)
