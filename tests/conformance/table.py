@@ -16,8 +16,8 @@ SGD = replace(TRAINING, optimizer=Optimizer("sgd", 0.05, 0.9, 1e-3))
 @dataclass(frozen=True)
 class Row:
     """``ranks``: what clients of different ranks get. ``private``: backbones may differ. ``learns``: the least mean
-    gain in accuracy over the untrained start. ``shares``: the least mean gain over training alone where data are few
-    and alike (None: it shares nothing, or too little to claim it)."""
+    gain in accuracy over the untrained start. ``shares``: the least mean gain over federations of one, where examples
+    are few and alike (None: nothing is shared, or what is shared does not show in what this world's clients deploy)."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     ranks: Literal["mixed", "refused", "unused"] = "refused"
@@ -28,20 +28,20 @@ class Row:
 
 TABLE: Mapping[str, Row] = {
     "local": Row(ranks="mixed"),
-    "head-only": Row(ranks="unused"),
+    "head-only": Row(ranks="unused", shares=0.04),
     "pooled": Row(ranks="unused"),
-    "fedit": Row(shares=0.03),
-    "ffa-lora": Row(shares=0.03),
-    "fedsa-lora": Row(),
-    "rolora": Row(shares=0.03),
+    "fedit": Row(shares=0.05),
+    "ffa-lora": Row(shares=0.04),
+    "fedsa-lora": Row(shares=0.02),
+    "rolora": Row(shares=0.05),
     "hetlora": Row(ranks="mixed", shares=0.03),
-    "flora": Row(ranks="mixed", shares=0.03),
+    "flora": Row(ranks="mixed", shares=0.05),
     "flexlora": Row(ranks="mixed", shares=0.03),
-    "fdlora": Row(shares=0.03),
+    "fdlora": Row(shares=0.05),
     "pfedlora": Row({"training": SGD}, ranks="unused", private=True),
     "ce-lora": Row(),
-    "feddpa": Row(),
-    "fml": Row(private=True),
+    "feddpa": Row(shares=0.03),
+    "fml": Row(private=True, shares=0.01),
     "fedproto": Row(ranks="unused", private=True),
 }
 

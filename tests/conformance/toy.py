@@ -65,9 +65,10 @@ class Learner:
     merged: tuple[tuple[Tree, ...], dict[str, Tensor]] = ((), {})  # one copy of a shared change
     waiting: dict[int, Job] = field(default_factory=dict)
     tickets: int = 0
+    whole: Tree = field(init=False)
 
     def __post_init__(self) -> None:
-        to = self.spec.dtype
+        to, self.whole = self.spec.dtype, self.spec.start(self.run_seed)
         self.backbones = {n: replace(b, own={k: v.to(to) for k, v in b.own.items()}) for n, b in self.backbones.items()}
         self.data = {c: {s: (x.to(to), y) for s, (x, y) in d.items()} for c, d in self.data.items()}
 
@@ -124,7 +125,8 @@ class Learner:
         return total
 
     def own(self, backbone: str) -> dict[str, Tensor]:
-        return {**self.backbones[backbone].own, **self.spec.start(self.run_seed)}
+        """The backbone's values and the shared head's start."""
+        return {**self.backbones[backbone].own, **self.whole}
 
     def start(self, model: Model, chosen: Sequence[str]) -> dict[str, Tensor]:
         """params, completed with the backbone's own values (and the shared head) where a selector trains them."""
@@ -243,12 +245,13 @@ def selects(selector: str, key: str) -> bool:
 
 
 def build(optimizer: Optimizer, chosen: Mapping[str, Mapping[str, Tensor]]) -> torch.optim.Optimizer:
-    groups = []
+    members: dict[tuple[float, float], list[Tensor]] = {}
     for tree in chosen.values():
         for key, value in tree.items():
             lr = next((rate for s, rate in optimizer.lrs if selects(s, key)), optimizer.lr)
             decay = 0.0 if any(selects(s, key) for s in optimizer.no_decay) else optimizer.weight_decay
-            groups.append({"params": [value], "lr": lr, "weight_decay": decay})
+            members.setdefault((lr, decay), []).append(value)
+    groups = [{"params": found, "lr": lr, "weight_decay": decay} for (lr, decay), found in members.items()]
     if optimizer.name == "adamw":
         return torch.optim.AdamW(groups)
     return torch.optim.SGD(groups, lr=optimizer.lr, momentum=optimizer.momentum)
