@@ -30,10 +30,13 @@ from fedlora.federation.memory import quoted
 from fedlora.federation.orders import Model, Outputs, logits
 from fedlora.federation.spec import Tree
 from fedlora.learning.backbone import load_backbone
-from fedlora.study.config import parse
+from fedlora.learning.language import prompt_of
+from fedlora.study.algorithm import find
+from fedlora.study.config import dumps, parse
 from fedlora.study.export import (
     About,
     base_of,
+    config_of,
     deployed,
     export,
     heads,
@@ -45,7 +48,7 @@ from fedlora.study.export import (
     save,
 )
 from fedlora.study.export import settings as run_settings
-from fedlora.study.predict import predict, scores, stacked
+from fedlora.study.predict import Prediction, _prompts, predict, scores, stacked
 
 WIDTH = 16
 SITES = [f"bert.encoder.layer.{i}.attention.self.{name}" for i in range(2) for name in ("query", "value")]
@@ -265,6 +268,31 @@ def test_a_missing_model_is_named(tmp_path) -> None:
         load(place)
 
 
+def test_a_user_s_own_code_is_loaded_with_the_run_that_names_it(tmp_path) -> None:
+    """Gates of an algorithm file are found again in a new process; the export alone may not run it."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import dataclasses\nimport torch\nfrom fedlora.federation.algorithm import Algorithm\n"
+        "def gate(features, params):\n    return torch.full((len(features), 2), 0.5)\n"
+        "@dataclasses.dataclass(frozen=True)\nclass Mine(Algorithm):\n    pass\n"
+    )
+    name = f"{file}:Mine"
+    module = sys.modules[find(name).__module__]
+    _, base = bert()
+    model = Model(adapter(1), (adapter(2),), module.gate)
+    run = tmp_path / "run"
+    save(run / "adapters" / "global", model, base, dataclasses.replace(ABOUT, client=None, algorithm=name))
+    config = {"model": {"name": "x", "task": "causal-lm"}, "data": {"train": "x"}, "algorithm": {"name": name}}
+    (run / "config.toml").write_text(dumps(parse(config, "the test")))
+    export(run, tmp_path / "sent")
+    del sys.modules[module.__name__]
+    with pytest.raises(UserError, match="not part of fedlora"):
+        load(tmp_path / "sent")
+    again, _ = load(deployed(run))
+    assert callable(again.weights)
+    assert again.weights(torch.zeros(3, 2), {}).shape == (3, 2)
+
+
 def test_gates_and_predictions_are_not_merged(user_code) -> None:
     module, base = bert()
     with pytest.raises(UserError, match="without --merge"):
@@ -426,7 +454,7 @@ def test_a_language_model_goes_on_greedily(decoder, tmp_path) -> None:
     plain = GPT2LMHeadModel.from_pretrained(decoder).eval()
     by_peft = peft.PeftModel.from_pretrained(plain, tmp_path / "a").eval()
     for text, answer in zip(TEXTS, predict(tmp_path / "a", TEXTS, max_new_tokens=6)):
-        ids = tokenizer()(text, return_tensors="pt")["input_ids"]
+        ids = torch.tensor([[2, *tokenizer()(text)["input_ids"]]])  # texts begin with the end-of-text token
         with torch.no_grad():
             torch.testing.assert_close(by_peft(input_ids=ids).logits, whole(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
             for _ in range(6):
@@ -434,6 +462,32 @@ def test_a_language_model_goes_on_greedily(decoder, tmp_path) -> None:
                 ids = torch.cat([ids, step], 1)
                 if int(step) == 2:
                     break
-        wanted = tokenizer().decode(ids[0, len(text.split()) :], skip_special_tokens=True)
+        wanted = tokenizer().decode(ids[0, 1 + len(text.split()) :], skip_special_tokens=True)
         assert isinstance(answer, str)
         assert answer == wanted
+
+
+def test_a_client_with_own_labels_never_predicts_others(encoder, tmp_path) -> None:
+    backbone = load_backbone(encoder, "text-classification", labels=LABELS)
+    params = tuned(backbone) | {"head/bias": torch.tensor([0.0, 50.0, 0.0])}
+    about = about_of(encoder, "text-classification", LABELS, backbone)
+    for own, label in (((), "yes"), (("no",), "no")):
+        save(tmp_path / "a", Model(params), base_of(backbone), dataclasses.replace(about, own_labels=own))
+        (answer,) = predict(tmp_path / "a", TEXTS[:1])
+        assert isinstance(answer, Prediction)
+        assert answer.label == label
+
+
+@pytest.mark.parametrize("dialogue", [False, True])
+def test_prompts_are_formed_as_in_training(decoder, dialogue: bool, tmp_path) -> None:
+    """A beginning-of-text token, then the prompt: what the model saw before the first predicted token."""
+    backbone = load_backbone(decoder, "causal-lm")
+    about = about_of(decoder, "causal-lm", (), backbone)
+    if dialogue:
+        data = {**about.settings["data"], "text": None, "prompt": "question", "response": "answer"}
+        about = dataclasses.replace(about, settings={**about.settings, "data": data})
+    save(tmp_path, Model(tuned(backbone)), base_of(backbone), about)
+    (got,) = predict(tmp_path, ["the cat"], max_new_tokens=4)
+    examples, units = _prompts(config_of(about), backbone, ["the cat"])
+    assert prompt_of(examples, int(units[0])) == [2, 3, 5]  # the line break is no token of this tokenizer
+    assert isinstance(got, str)

@@ -25,7 +25,9 @@ from fedlora.federation.memory import quoted
 from fedlora.federation.orders import Model, logits
 from fedlora.federation.spec import ModelSpec, Tree
 from fedlora.learning.pooled import PooledClassifier
-from fedlora.study.config import RunConfig, nearest
+from fedlora.study.algorithm import find
+from fedlora.study.config import RunConfig, nearest, parse
+from fedlora.study.config import load as load_config
 
 if TYPE_CHECKING:
     from fedlora.learning.backbone import Backbone
@@ -39,7 +41,7 @@ class About:
     """What a folder says of its model beyond the weights.
 
     ``settings``: of the resolved run file what loads the base and encodes an input, see ``settings``. ``recipe``:
-    Python lines that end with ``base = ...``.
+    Python lines that end with ``base = ...``. ``own_labels``: those that the client knows, where label spaces are own.
     """
 
     settings: Mapping[str, Any]
@@ -48,6 +50,7 @@ class About:
     client: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     recipe: tuple[str, ...] = ()
+    own_labels: tuple[str, ...] = ()
 
 
 # -- the base
@@ -58,6 +61,11 @@ def settings(config: RunConfig) -> dict[str, Any]:
     data = config.data.model_dump(mode="json", include={"text", "image", "prompt", "response", "max_length"})
     adapter = config.adapter.model_dump(mode="json", include={"targets", "layers"})
     return {"model": config.model.model_dump(mode="json"), "adapter": adapter, "data": data}
+
+
+def config_of(about: About) -> RunConfig:
+    """The part of the run file that a folder remembers."""
+    return parse({**about.settings, "algorithm": {"name": about.algorithm}}, ABOUT)
 
 
 def base_of(backbone: Backbone) -> Base:
@@ -97,14 +105,14 @@ def rebuilt(about: About, device: str = "cpu") -> Backbone:
     """The base that a folder's model sits on, in float32."""
     from fedlora.learning.backbone import load_backbone
 
-    model, adapter = about.settings["model"], about.settings["adapter"]
+    config = config_of(about)
     return load_backbone(
-        model["name"],
-        model["task"],
+        config.model.name,
+        config.model.task,
         labels=about.labels,
-        pooling=model["pooling"],
-        targets=adapter["targets"],
-        layers=adapter["layers"],
+        pooling=config.model.pooling,
+        targets=config.adapter.targets,
+        layers=config.adapter.layers,
         device=device,
     )
 
@@ -175,7 +183,7 @@ def load(folder: str | Path) -> tuple[Model, About]:
         revived(described["predict"], path) if described.get("predict") else logits,
     )
     fields: dict[str, Any] = {f.name: content[f.name] for f in dataclasses.fields(About)}
-    fields |= {name: tuple(fields[name]) for name in ("labels", "recipe")}
+    fields |= {name: tuple(fields[name]) for name in ("labels", "recipe", "own_labels")}
     return model, About(**fields)
 
 
@@ -271,6 +279,7 @@ def deployed(folder: str | Path, client: str | None = None) -> Path:
             whose = "the global model" if own is None else f"client {own!r}"
             raise UserError(f"{path} holds the model of {whose}, not of client {client!r}", "leave --client out")
         return path
+    _import_algorithm(path)
     adapters = path / "adapters"
     if not adapters.is_dir():
         raise UserError(
@@ -289,6 +298,14 @@ def deployed(folder: str | Path, client: str | None = None) -> Path:
             'clients beyond [output] client_adapters are not written: set it to "all" and run `fedlora resume`',
         )
     return place
+
+
+def _import_algorithm(run: Path) -> None:
+    """A run folder's own algorithm file may define gates and predictions: it is imported, as when the run resumes."""
+    if (run / "config.toml").exists():
+        name = load_config(run / "config.toml").algorithm.name
+        if ".py:" in name:
+            find(name)
 
 
 def export(folder: str | Path, to: str | Path, client: str | None = None, merge: bool = False) -> Path:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+import datasets
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 
-from fedlora.adapters.lora import applied
 from fedlora.errors import UserError
 from fedlora.federation.orders import Model
 from fedlora.learning.backbone import Backbone
 from fedlora.learning.batches import to_device
-from fedlora.learning.lanes import Held, Merges, Stack
-from fedlora.learning.tasks import TextClassification
-from fedlora.study.export import About, deployed, load, rebuilt
+from fedlora.learning.examples import Examples
+from fedlora.learning.generation import answers
+from fedlora.learning.lanes import FORBIDDEN, Held, Merges, Stack
+from fedlora.learning.tasks import CausalLM, ImageClassification, TextClassification
+from fedlora.study.config import RunConfig
+from fedlora.study.export import About, config_of, deployed, load, rebuilt
+from fedlora.study.tasks import max_length
 
-BATCH = 32
+BATCH, TOKENS = 32, 2048
 
 
 @dataclass(frozen=True)
@@ -54,20 +56,21 @@ def predict(
 ) -> list[Prediction] | list[str]:
     """Predicts with a run's model of a client (None: the global one), or with an exported folder.
 
-    ``texts``: texts to classify, image files to classify, or prompts to go on with (greedily). Raises UserError where
-    there is no such model.
+    ``texts``: texts to classify, image files to classify, or prompts, which are answered greedily in at most
+    ``max_new_tokens``. Raises UserError where there is no such model.
     """
     model, about = load(deployed(folder, client))
-    backbone = rebuilt(about, device)
+    config, backbone = config_of(about), rebuilt(about, device)
     stack = stacked(backbone, model)
     if backbone.kind == "causal-lm":
-        return [_continued(stack, text, max_new_tokens) for text in texts]
-    answers: list[Prediction] = []
+        examples, units = _prompts(config, backbone, texts)
+        return answers(stack, examples, {0: units}, max_new_tokens, TOKENS)[0]
+    found: list[Prediction] = []
     for start in range(0, len(texts), BATCH):
-        inputs = _inputs(backbone, about, texts[start : start + BATCH])
-        for row in scores(stack, model, inputs).softmax(-1).tolist():
-            answers.append(Prediction(dict(zip(about.labels, row, strict=True))))
-    return answers
+        inputs = _inputs(config, backbone, about, texts[start : start + BATCH])
+        for row in _allowed(scores(stack, model, inputs), about).softmax(-1).tolist():
+            found.append(Prediction(dict(zip(about.labels, row, strict=True))))
+    return found
 
 
 def stacked(backbone: Backbone, model: Model) -> Stack:
@@ -89,27 +92,36 @@ def scores(stack: Stack, model: Model, inputs: Mapping[str, Tensor]) -> Tensor:
     return model.predict(outputs, stack.params(0))
 
 
-def _inputs(backbone: Backbone, about: About, items: Sequence[str]) -> Mapping[str, Tensor]:
+def _allowed(logits: Tensor, about: About) -> Tensor:
+    """Labels outside the client's own space are never predicted."""
+    if not about.own_labels:
+        return logits
+    foreign = torch.tensor([label not in about.own_labels for label in about.labels], device=logits.device)
+    return logits.masked_fill(foreign, FORBIDDEN)
+
+
+def _inputs(config: RunConfig, backbone: Backbone, about: About, items: Sequence[str]) -> Mapping[str, Tensor]:
     """The batch that training would have made of these items: the task's own encoding, with a label nobody reads."""
-    length = about.settings["data"].get("max_length")
-    task = TextClassification(about.labels, **({} if length is None else {"max_length": length}))
-    table = Dataset.from_dict({task.text: list(items), task.label: [about.labels[0]] * len(items)})
+    columns = {"label": [about.labels[0]] * len(items)}
+    if backbone.kind == "image-classification":
+        if missing := [item for item in items if not Path(item).is_file()]:
+            raise UserError(f"no image file {missing[0]}", "name image files")
+        task = ImageClassification(about.labels)
+        table = datasets.Dataset.from_dict({"image": list(items), **columns}).cast_column("image", datasets.Image())
+    else:
+        task = TextClassification(about.labels, max_length=max_length(config, backbone))
+        table = datasets.Dataset.from_dict({"text": list(items), **columns})
     inputs, _ = task.collate(task.encode(table, backbone.processor), np.arange(len(items)))
     return to_device(inputs, backbone.device, backbone.dtype)
 
 
-@torch.no_grad()
-def _continued(stack: Stack, text: str, max_new_tokens: int) -> str:
-    backbone = stack.backbone
-    tokenizer: Any = backbone.processor
-    encoded = tokenizer(text, return_tensors="pt")
-    inputs = {name: encoded[name].to(backbone.device) for name in ("input_ids", "attention_mask")}
-    plan, overrides = stack.plan(inputs, ((0, 0, 1),), None)
-    for path, value in overrides.items():  # the base was loaded for this prediction
-        backbone.parameter(path).copy_(value)
-    module: Any = backbone.module
-    with applied(list(backbone.sites.values()), plan):
-        out = module.generate(
-            **inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
-        )
-    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+def _prompts(config: RunConfig, backbone: Backbone, texts: Sequence[str]) -> tuple[Examples, np.ndarray]:
+    """Units whose beginnings are the prompts, formed as in training: chat template, prompt and line break, or text."""
+    length = max_length(config, backbone)
+    if config.data.text is None:
+        table = datasets.Dataset.from_dict({"prompt": list(texts), "response": ["."] * len(texts)})
+        return CausalLM(max_length=length).encode(table, backbone.processor), np.arange(len(texts))
+    table = datasets.Dataset.from_dict({"text": list(texts)})
+    examples = CausalLM("text", max_length=length).encode(table, backbone.processor)
+    last = examples.rows[1:] - 1  # a long text is continued from its last window
+    return replace(examples, first=examples.lengths), last
