@@ -79,7 +79,7 @@ def test_avgm_is_torch_sgd_with_momentum() -> None:
 
 
 def test_adam_is_torch_adam_without_bias_correction() -> None:
-    """torch steps by lr (m / c1) / (sqrt(v / c2) + eps): with lr c1 / sqrt(c2) and eps / sqrt(c2) the corrections go."""
+    """torch steps by lr (m / c1) / (sqrt(v / c2) + eps); with lr c1 / sqrt(c2), eps / sqrt(c2) the corrections go."""
     fedit, theirs = FedIT(server="adam", server_lr=0.05, server_betas=(0.8, 0.95), server_tau=0.01), None
     for step, (state, change, after) in enumerate(rounds_of(fedit), 1):
         if theirs is None:

@@ -1,0 +1,223 @@
+"""CE-LoRA: distances by closed form and linear programming, similarities by Gram matrices, mixtures by numpy."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linprog
+
+from fedlora.algorithms.ce_lora import (
+    CELoRA,
+    cka,
+    cosine,
+    data_similarity,
+    distance,
+    model_similarity,
+    statistics,
+)
+from fedlora.federation.orders import Fit
+from fedlora.federation.spec import Extras
+from reference.fake import SITES, SPEC, Fake, array, client, close, local, train
+
+CLIENTS = [client("a", examples=10), client("b", examples=30), client("c", examples=60)]
+pytest.importorskip("ot")
+
+
+def examples(seed: int, counts: tuple[int, ...] = (5, 6, 0)) -> tuple[Any, Any]:
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(3), counts)
+    return torch.tensor(rng.normal(size=(len(labels), 6)) + labels[:, None]), torch.tensor(labels)
+
+
+def transported(a: Any, b: Any, cost: Any) -> float:
+    """Optimal transport as a linear programme."""
+    m, n = cost.shape
+    rows = [np.kron(np.eye(m)[i], np.ones(n)) for i in range(m)] + [np.kron(np.ones(m), np.eye(n)[j]) for j in range(n)]
+    found = linprog(cost.ravel(), A_eq=np.array(rows), b_eq=np.concatenate([a, b]), bounds=(0, None))
+    return float(found.fun)
+
+
+def gaussians(seed: int, components: tuple[int, ...], classes: tuple[int, ...], counts: tuple[int, ...]) -> Any:
+    rng, k = np.random.default_rng(seed), sum(components)
+    shares = np.concatenate([rng.dirichlet(np.ones(c)) for c in components])
+    return {
+        "shares": torch.tensor(shares),
+        "means": torch.tensor(rng.normal(size=(k, 2))),
+        "variances": torch.tensor(rng.uniform(0.1, 2, size=(k, 2))),
+        "class": torch.tensor(np.repeat(classes, components)),
+        "counts": torch.tensor(np.repeat(counts, components)),
+    }
+
+
+def test_distance_is_a_transport_of_transports() -> None:
+    a, b = gaussians(1, (2, 1), (0, 4), (12, 4)), gaussians(2, (3, 1, 2), (1, 2, 4), (5, 3, 8))
+    x, y = ({key: array(value) for key, value in tree.items()} for tree in (a, b))
+    between = np.zeros((2, 3))
+    for (i, p), (j, q) in product(enumerate((0, 4)), enumerate((1, 2, 4))):
+        rows, columns = np.flatnonzero(x["class"] == p), np.flatnonzero(y["class"] == q)
+        cost = np.array(
+            [
+                [
+                    sum((x["means"][r] - y["means"][c]) ** 2)
+                    + sum((math.sqrt(v) - math.sqrt(w)) ** 2 for v, w in zip(x["variances"][r], y["variances"][c]))
+                    for c in columns
+                ]
+                for r in rows
+            ]
+        )
+        between[i, j] = transported(x["shares"][rows], y["shares"][columns], cost)
+    by_hand = math.sqrt(transported(np.array([12, 4]) / 16, np.array([5, 3, 8]) / 16, between))
+    assert distance(a, b) == pytest.approx(by_hand, abs=1e-8)
+    assert distance(a, b) == pytest.approx(distance(b, a), abs=1e-10)
+    assert distance(a, a) == pytest.approx(0, abs=1e-7)
+
+
+def test_statistics_of_single_gaussians() -> None:
+    """Fewer than 20 examples a class: one component, whose mean and variance are the class's own."""
+    features, labels = examples(0, (5, 6, 1))
+    found = statistics(features, labels, project=32, seed=0)
+    assert found["class"].tolist() == [0, 1]  # the third class has one example
+    assert found["counts"].tolist() == [5, 6]
+    for k, c in enumerate((0, 1)):
+        rows = array(features)[array(labels) == c]
+        np.testing.assert_allclose(array(found["means"][k]), rows.mean(0), atol=1e-8)
+        np.testing.assert_allclose(array(found["variances"][k]), rows.var(0) + 1e-4, atol=1e-8)
+    many = statistics(*examples(0, (25, 35, 4)), project=2, seed=0)
+    assert many["class"].tolist() == [0, 0, 1, 1, 1, 2]
+    assert many["means"].shape == (6, 2)
+    assert float(many["shares"][:2].sum()) == pytest.approx(1)
+
+
+def test_statistics_without_a_usable_class_or_without_classes() -> None:
+    features, _ = examples(0)
+    alone = statistics(features[:3], torch.tensor([0, 1, 2]), project=32, seed=0)
+    assert alone["class"].tolist() == [-1]
+    np.testing.assert_allclose(array(alone["means"][0]), array(features[:3]).mean(0), atol=1e-8)
+    assert statistics(features[:1], torch.tensor([2]), project=32, seed=0)["shares"].tolist() == [1.0]
+    tokens = statistics(features, torch.zeros(len(features), 7, dtype=torch.int64), project=32, seed=0)
+    assert tokens["class"].tolist() == [0]
+
+
+def test_cka_by_centred_gram_matrices() -> None:
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(5, 5)), rng.normal(size=(5, 5))
+    centre = np.eye(5) - 1 / 5
+    g, h = (centre @ m @ m.T @ centre for m in (x, y))
+    by_hand = (g * h).sum() / math.sqrt((g * g).sum() * (h * h).sum())
+    assert cka(torch.tensor(x), torch.tensor(y)) == pytest.approx(by_hand, abs=1e-12)
+    assert cosine(torch.tensor(x), torch.tensor(y)) == pytest.approx(
+        (x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y)
+    )
+    assert cosine(torch.tensor(x), torch.tensor(-x)) == pytest.approx(-1)
+    assert cka(torch.tensor(x), torch.tensor(-x)) == pytest.approx(1)
+    assert (
+        cka(torch.zeros(3, 3).double(), torch.ones(3, 3).double()) == cosine(torch.zeros(2, 2), torch.ones(2, 2)) == 0
+    )
+
+
+def test_similarities_are_scaled_over_pairs() -> None:
+    near = data_similarity(["a", "b", "c"], {"a": {"b": 1.0, "c": 2.0}, "b": {"c": 4.0}})
+    assert near["a", "a"] == 1
+    assert near["c", "a"] == near["a", "c"] == pytest.approx(math.exp(-1))
+    assert near["c", "b"] == pytest.approx(math.exp(-2))
+    cores = {
+        n: {"q/C": torch.eye(2) + t}
+        for n, t in (("a", torch.ones(2, 2)), ("b", torch.eye(2)), ("c", -torch.ones(2, 2)))
+    }
+    agree = model_similarity(cores, cosine)  # raw: ab 1/sqrt 2, ac -1, bc -1/sqrt 2
+    assert agree["a", "b"] == 1
+    assert agree["a", "c"] == 0
+    assert agree["b", "c"] == pytest.approx((1 - math.sqrt(0.5)) / (1 + math.sqrt(0.5)))
+    assert model_similarity({"a": cores["a"], "b": cores["b"]}, cosine)["a", "b"] == 0.5  # a constant
+    assert model_similarity({"a": cores["a"]}, cosine) == {("a", "a"): 1.0}
+
+
+def introduced(ce: CELoRA, who: list[Any] = CLIENTS) -> tuple[Any, dict[str, Any]]:
+    state, total, memories = ce.server_init(SPEC, 0), ce.introduction.zero(), {}
+    for seed, one in enumerate(who):
+        fake = Fake(seed=seed, features=examples(seed))
+        update, memories[one.id] = fake.run(ce.client_init(local(one, 0)))
+        assert set(update.arrays) == set(ce.expects(state, one, 0, "introduce"))
+        total = ce.introduction.accumulate(total, one, update)
+    return ce.server_introduce(state, ce.introduction.report(total), 0), memories
+
+
+@pytest.mark.parametrize("blend", [0.0, 0.3, 1.0])
+def test_each_client_gets_its_own_mixture_of_cores(blend: float) -> None:
+    ce = CELoRA(blend=blend, similarity="cosine")
+    state, memories = introduced(ce)
+    payload = ce.broadcast(state, CLIENTS[0], 1)
+    assert set(payload) == {"down/C", "up/C"}  # the head stays home by default
+    close(payload["down/C"], np.eye(4), 0)
+    after, updates = train(ce, state, CLIENTS, memories=memories)
+    assert all(set(update.arrays) == {"down/C", "up/C"} for update in updates.values())
+    near = data_similarity(["a", "b", "c"], after["distances"])
+    agree = model_similarity({n: u.arrays for n, u in updates.items()}, cosine)
+    for i in "abc":
+        row = np.array([blend * near[i, j] + (1 - blend) * agree[i, j] for j in "abc"])
+        row /= row.sum()
+        served = ce.broadcast(after, client(i), 2)
+        for site in SITES:
+            close(served[f"{site}/C"], sum(w * array(updates[j].arrays[f"{site}/C"]) for w, j in zip(row, "abc")))
+    assert ce.server_model(after) is None
+
+
+def test_a_newcomer_is_mixed_by_data_alone_and_old_cores_stay() -> None:
+    ce = CELoRA()
+    state, memories = introduced(ce, [*CLIENTS, client("d")])
+    one, sent = train(ce, state, CLIENTS, memories=memories)
+    near = data_similarity(list("abcd"), one["distances"])
+    row = np.array([near["d", j] for j in "abc"])
+    close(np.array([one["weights"]["d"][j] for j in "abc"]), row / row.sum())
+    two, again = train(ce, one, CLIENTS[1:], round=2, memories=memories)
+    assert torch.equal(two["cores"]["a"]["up/C"], sent["a"].arrays["up/C"])
+    assert torch.equal(two["cores"]["b"]["up/C"], again["b"].arrays["up/C"])
+    stranger = ce.broadcast(two, client("z"), 3)
+    close(stranger["up/C"], np.eye(3), 0)
+
+
+def test_tri_factor_start_decay_and_home() -> None:
+    ce = CELoRA()
+    start = ce.begun(SPEC, 0)
+    for site in SITES:
+        close(start[f"{site}/C"], np.eye(SPEC.ranks[site]), 0)
+        assert float(start[f"{site}/B"].abs().max()) == 0
+        assert float(start[f"{site}/A"].abs().max()) < 5e-3
+    state, memories = introduced(ce)
+    assert torch.equal(memories["a"]["own"]["up/A"], memories["b"]["own"]["up/A"])
+    fake = Fake()
+    _, memory = fake.run(ce.client_update(ce.broadcast(state, CLIENTS[0], 1), memories["a"], local(CLIENTS[0])))
+    [order] = fake.log
+    assert isinstance(order, Fit)
+    assert order.train == ("A", "B", "C", "head")
+    assert "C" in order.optimizer.no_decay
+    models = fake.run(ce.personalize({"up/C": torch.zeros(3, 3)}, memory, local(CLIENTS[0])))
+    assert list(models) == ["mixed", "own"]
+    assert float(models["mixed"].params["up/C"].abs().max()) == 0
+    assert torch.equal(models["mixed"].params["up/B"], models["own"].params["up/B"])
+    assert not torch.equal(models["own"].params["up/C"], start["up/C"])
+
+
+def test_a_shared_head_is_the_weighted_mean_of_the_round() -> None:
+    ce = CELoRA(extras=Extras(head="share"))
+    state, memories = introduced(ce)
+    after, updates = train(ce, state, CLIENTS, memories=memories)
+    shares = {"a": 0.1, "b": 0.3, "c": 0.6}
+    by_hand = array(state["whole"]["head/weight"]) + sum(
+        p * array(updates[n].arrays["head/weight"]) for n, p in shares.items()
+    )
+    close(after["whole"]["head/weight"], by_hand)
+    close(ce.broadcast(after, CLIENTS[0], 2)["head/weight"], by_hand)
+
+
+def test_mixed_ranks_are_refused_and_small_ones_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    ce = CELoRA()
+    with pytest.raises(ValueError, match="ranks must be equal"):
+        Fake(features=examples(0)).run(ce.client_init(local(client("d", 2), 0)))
+    ce.server_init(SPEC, 0)  # a site of rank 3
+    assert "CKA" in caplog.text

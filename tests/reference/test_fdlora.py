@@ -1,0 +1,164 @@
+"""FDLoRA: Nesterov by torch, the unweighted start, the syncs, the blend and its search."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedlora.algorithms.fdlora import FDLoRA
+from fedlora.federation.orders import Fit, Model, Score
+from fedlora.federation.spec import Extras
+from reference.fake import SITES, SPEC, Fake, array, client, close, dense, local
+
+CLIENTS = [client("a", examples=10), client("b", examples=30), client("c", examples=60)]
+pytest.importorskip("cma")
+
+
+def introduced(fdlora: FDLoRA) -> tuple[Any, dict[str, Any]]:
+    state, total, memories = fdlora.server_init(SPEC, 0), fdlora.introduction.zero(), {}
+    for seed, who in enumerate(CLIENTS):
+        update, memories[who.id] = Fake(seed=seed).run(fdlora.client_init(local(who, 0)))
+        assert set(update.arrays) == set(fdlora.expects(state, who, 0, "introduce"))
+        total = fdlora.introduction.accumulate(total, who, update)
+    return fdlora.server_introduce(state, fdlora.introduction.report(total), 0), memories
+
+
+def test_starts_from_the_unweighted_mean_of_stage_one() -> None:
+    fdlora = FDLoRA()
+    state, memories = introduced(fdlora)
+    for key in state["velocity"]:
+        close(state["theta"][key], sum(array(m["personal"][key]) for m in memories.values()) / 3)
+    late = fdlora.server_introduce(state, {key: torch.ones_like(v) for key, v in state["velocity"].items()}, 3)
+    assert late is state
+    assert FDLoRA.introduce_everyone
+
+
+def test_outer_step_is_torch_nesterov() -> None:
+    fdlora = FDLoRA(outer_lr=0.7, outer_momentum=0.4)
+    state, _ = introduced(fdlora)
+    theirs = {k: state["theta"][k].clone().requires_grad_() for k in state["velocity"]}
+    optimizer = torch.optim.SGD(list(theirs.values()), lr=0.7, momentum=0.4, nesterov=True)
+    for round in range(1, 6):
+        stream = torch.Generator().manual_seed(round)
+        change = {k: torch.randn(v.shape, generator=stream, dtype=v.dtype) for k, v in theirs.items()}
+        for key, value in theirs.items():
+            value.grad = -change[key]
+        optimizer.step()
+        state = fdlora.server_update(state, change, round)
+        for key, value in theirs.items():
+            close(state["theta"][key], array(value))
+
+
+@pytest.mark.parametrize(("last", "synced"), [(False, [2]), (True, [2, 4])])
+def test_syncs_every_h_of_its_own_rounds(last: bool, synced: list[int]) -> None:
+    """The client is asked in rounds 1, 3, 4 and 6 of 6: its own second round is 3, its fourth the last."""
+    fdlora = FDLoRA(sync_every=2, sync_last=last)
+    state, memories = introduced(fdlora)
+    memory, found = memories["a"], []
+    for own, round in enumerate((1, 3, 4, 6), 1):
+        fake = Fake(seed=round)
+        before, payload = memory["personal"], fdlora.broadcast(state, CLIENTS[0], round)
+        update, memory = fake.run(fdlora.client_update(payload, memory, local(CLIENTS[0], round, 6)))
+        assert fake.log[0].split == "fit"  # never what the fusion scores
+        assert update.weight == 1.0
+        uploaded = {key: payload[key] + update.arrays[key] for key in update.arrays}
+        if not torch.equal(memory["personal"]["up/A"], before["up/A"]):
+            found.append(own)
+            assert all(torch.allclose(memory["personal"][key], uploaded[key]) for key in uploaded)
+    assert found == synced
+    never = FDLoRA(sync_every=None)
+    _, kept = Fake().run(never.client_update(payload, memory, local(CLIENTS[0], 2, 6)))
+    assert kept["personal"] is memory["personal"]
+
+
+def test_blend_of_factors_and_of_products() -> None:
+    fdlora = FDLoRA()
+    state, memories = introduced(fdlora)
+    personal, shared = memories["a"]["personal"], state["theta"]
+    model = fdlora.blend(personal, shared, (0.8, -0.4))
+    for site in SITES:
+        a, b = (0.8 * array(personal[f"{site}/{f}"]) - 0.4 * array(shared[f"{site}/{f}"]) for f in "AB")
+        close(torch.as_tensor(dense(model.params, site)), float(shared[f"{site}/scale"]) * b @ a)
+    close(model.params["head/bias"], 2 / 3 * array(personal["head/bias"]) + 1 / 3 * array(shared["head/bias"]))
+    beside = FDLoRA(fusion="product").blend(personal, shared, (0.8, -0.4))
+    assert beside.weights == (0.8, -0.4)
+    assert isinstance(beside.weights, tuple)
+    for site in SITES:
+        total = sum(w * dense(tree, site) for w, tree in zip(beside.weights, (beside.params, *beside.others)))
+        by_hand = 0.8 * dense(personal, site) - 0.4 * dense(shared, site)
+        np.testing.assert_allclose(total, by_hand, atol=1e-12)
+    close(beside.params["head/bias"], array(model.params["head/bias"]))
+
+
+def weights(model: Model, personal: Any, shared: Any) -> Any:
+    """The point that a blended model was made of, by least squares."""
+    columns = np.stack([array(t["up/A"]).ravel() for t in (personal, shared)], 1)
+    return np.linalg.lstsq(columns, array(model.params["up/A"]).ravel(), rcond=None)[0]
+
+
+def test_fusion_finds_the_minimum_of_loss_plus_penalty() -> None:
+    """loss = 5 (w1 - 0.9)^2 + 5 (w2 - 0.3)^2 and lambda = 0.05: the minimum is at (0.895, 0.295)."""
+    fdlora = FDLoRA(generations=25)
+    state, memories = introduced(fdlora)
+    personal, shared = memories["a"]["personal"], state["theta"]
+
+    def loss(model: Model, split: str) -> tuple[float, float]:
+        w = weights(model, personal, shared)
+        return 8 * float(5 * ((w - [0.9, 0.3]) ** 2).sum()), 8.0
+
+    np.random.seed(5)
+    before = np.random.get_state()[1].tolist()  # type: ignore[union-attr]
+    fake = Fake(loss=loss)
+    models = fake.run(fdlora.personalize(shared, memories["a"], local(CLIENTS[0], 5)))
+    assert np.random.get_state()[1].tolist() == before  # type: ignore[union-attr]
+    assert list(models) == ["fused", "personal", "global", "average"]
+    np.testing.assert_allclose(weights(models["fused"], personal, shared), [0.895, 0.295], atol=0.01)
+    np.testing.assert_allclose(weights(models["average"], personal, shared), [0.5, 0.5], atol=1e-9)
+    assert all(isinstance(order, Score) and order.split == "holdout" for order in fake.log)
+    first = [weights(order.model, personal, shared).round(6).tolist() for order in fake.log[:3]]
+    assert first == [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]
+
+
+def test_the_best_scored_point_wins_even_a_corner() -> None:
+    fdlora = FDLoRA(generations=2)
+    state, memories = introduced(fdlora)
+    personal, shared = memories["a"]["personal"], state["theta"]
+
+    def loss(model: Model, split: str) -> tuple[float, float]:
+        return (0.0 if np.allclose(weights(model, personal, shared), [0, 1]) else 100.0), 10.0
+
+    models = Fake(loss=loss).run(fdlora.personalize(shared, memories["a"], local(CLIENTS[0], 5)))
+    assert all(torch.allclose(models["fused"].params[key], shared[key]) for key in shared)
+
+
+def test_too_few_heldout_examples_fall_back_to_the_training_data(caplog: pytest.LogCaptureFixture) -> None:
+    fdlora = FDLoRA(generations=1, population=4)
+    state, memories = introduced(fdlora)
+    fake = Fake(loss=lambda model, split: (0.0, 3.0) if split == "holdout" else (1.0, 30.0))
+    with caplog.at_level("INFO"):
+        fake.run(fdlora.personalize(state["theta"], memories["a"], local(CLIENTS[0], 5)))
+    assert [order.split for order in fake.log] == ["holdout"] * 3 + ["train"] * 7
+    assert "training data" in caplog.text
+
+
+def test_private_heads_stay_on_both_adapters() -> None:
+    fdlora = FDLoRA(extras=Extras(head="private"), generations=1)
+    state, memories = introduced(fdlora)
+    assert not any(key.startswith("head/") for key in state["theta"])
+    assert fdlora.server_model(state) is None
+    fake = Fake(seed=9)
+    update, memory = fake.run(fdlora.client_update(state["theta"], memories["a"], local(CLIENTS[0])))
+    assert isinstance(fake.log[0], Fit)
+    assert torch.equal(fake.log[0].models.params["head/bias"], memories["a"]["personal"]["head/bias"])  # type: ignore[union-attr]
+    assert not any(key.startswith("head/") for key in update.arrays)
+    models = Fake(loss=lambda m, s: (1.0, 9.0)).run(fdlora.personalize(state["theta"], memory, local(CLIENTS[0], 5)))
+    assert torch.equal(models["global"].params["head/bias"], memory["private"]["head/bias"])
+    assert not torch.equal(models["personal"].params["head/bias"], memory["private"]["head/bias"])
+
+
+def test_mixed_ranks_are_refused() -> None:
+    with pytest.raises(ValueError, match="ranks must be equal"):
+        Fake().run(FDLoRA().client_init(local(client("d", 2), 0)))
