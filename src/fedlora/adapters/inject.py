@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,7 +13,7 @@ from fedlora.adapters.lora import LaneLinear, sizes
 from fedlora.errors import UserError
 
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_BERT = ("query", "value")
+_BERT = ("query", "value", "q_proj", "v_proj")  # vision models changed their spelling between versions
 AUTO: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("bert", "roberta", "xlm-roberta", "camembert", "electra", "vit", "deit", "beit", "dinov2", "data2vec-text"),
@@ -53,7 +53,7 @@ def candidates(model: nn.Module, head: str | None = None) -> dict[str, nn.Module
     """Linear-like layers by path, without the head (the layers under ``head``, or of a head's usual name)."""
     found: dict[str, nn.Module] = {}
     output: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    for path, module in model.named_modules():
+    for path, module in _modules(model):
         first = path.split(".", 1)[0]
         excluded = first in _HEADS or module is output or (head is not None and f"{path}.".startswith(f"{head}."))
         if not excluded and _linear_like(module):
@@ -131,7 +131,7 @@ def inject(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, Lane
 
 def remove(model: nn.Module) -> None:
     """The inverse of ``inject``: the bases return to their places."""
-    for path, module in list(model.named_modules()):
+    for path, module in _modules(model):
         if isinstance(module, LaneLinear):
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, module.base)
@@ -139,21 +139,34 @@ def remove(model: nn.Module) -> None:
 
 def norms(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters of normalisation layers by their path (LayerNorm, RMSNorm, BatchNorm, ...)."""
-    return _owned(model, lambda module: "norm" in type(module).__name__.lower() and not list(module.children()))
+    return _owned(model, _is_norm)
 
 
 def embeddings(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters of embedding tables by their path."""
-    return _owned(model, lambda module: isinstance(module, nn.Embedding))
+    return _owned(model, _is_embedding)
 
 
-def _owned(model: nn.Module, wanted: Any) -> dict[str, nn.Parameter]:
+def _owned(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[str, nn.Parameter]:
     return {
         f"{path}.{name}": parameter
-        for path, module in model.named_modules()
+        for path, module in _modules(model)
         if wanted(module)
         for name, parameter in module.named_parameters(recurse=False)
     }
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and not any(True for _ in module.children())
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding)
+
+
+def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    untyped: Any = model  # torch's annotation says less
+    return list(untyped.named_modules())
 
 
 def _linear_like(module: nn.Module) -> bool:

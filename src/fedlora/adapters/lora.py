@@ -9,7 +9,7 @@ padding of A, B and C receives a gradient of exactly zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from fedlora.federation.spec import derive
 
 Segment = tuple[int, int, int]
 """(lane, first row, one past the last row)."""
@@ -103,7 +105,7 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad = grads[0]
         x, a, b, c, *inner = ctx.saved_tensors
         work = x.dtype
@@ -147,6 +149,7 @@ class LaneLinear(nn.Module):
         self.site = site
         self.out_features, self.in_features = sizes(base)
         self.plan: Plan | None = None
+        self._stream = derive("dropout", site) >> 1
 
     @property
     def weight(self) -> Any:
@@ -170,7 +173,7 @@ class LaneLinear(nn.Module):
         rows = _rows(x, plan)
         y = y.reshape(*rows.shape[:-1], y.shape[-1])
         if plan.dropout is not None:
-            rows = rows * _mask(plan.dropout, self.site, self.in_features).to(rows.dtype).unsqueeze(1)
+            rows = rows * _mask(plan.dropout, self._stream, self.in_features).to(rows.dtype).unsqueeze(1)
         for change in dense:
             delta = change.weight * functional.linear(rows, change.W.to(rows.dtype)).to(y.dtype)
             y = y + (delta if change.gate is None else change.gate[:, None, None].to(y.dtype) * delta)
@@ -184,8 +187,8 @@ class LaneLinear(nn.Module):
 
 
 def _lowrank(y: Tensor, x: Tensor, slot: Factors, segments: tuple[Segment, ...]) -> Tensor:
-    result: Any = _LowRank.apply(y, x, slot.A, slot.B, slot.C, slot.scale, segments)
-    return result
+    node: Any = _LowRank  # torch's autograd functions are untyped
+    return node.apply(y, x, slot.A, slot.B, slot.C, slot.scale, segments)
 
 
 def _rows(x: Tensor, plan: Plan) -> Tensor:
@@ -198,11 +201,10 @@ def _rows(x: Tensor, plan: Plan) -> Tensor:
     return x.reshape(plan.rows, -1, x.shape[-1])
 
 
-def _mask(dropout: Dropout, site: str, width: int) -> Tensor:
+def _mask(dropout: Dropout, start: int, width: int) -> Tensor:
     """Bernoulli(1 - rate) / (1 - rate) of shape (rows, width), a hash of (row key, site, feature)."""
     prime = 0x9E3779B97F4A7C15 - 2**64
-    start = sum((i + 1) * byte for i, byte in enumerate(site.encode()))
-    column = torch.arange(width, device=dropout.keys.device) + start * 2**20
+    column = torch.arange(width, device=dropout.keys.device) + start
     mixed = (dropout.keys[:, None] * prime) ^ (column[None] * 0x2545F4914F6CDD1D)
     for shift in (30, 27, 31):  # the finaliser of splitmix64, on signed integers
         mixed = (mixed ^ (mixed >> shift)) * prime
@@ -211,7 +213,7 @@ def _mask(dropout: Dropout, site: str, width: int) -> Tensor:
 
 
 @contextmanager
-def applied(layers: list[LaneLinear], plan: Plan | None) -> Iterator[None]:
+def applied(layers: list[LaneLinear], plan: Plan | None) -> Generator[None]:
     """The layers follow the plan inside the block."""
     try:
         for layer in layers:

@@ -256,7 +256,7 @@ def load_backbone(
             module, fits = _load(folder, source, kind, labels, pooling, projection)
             processor = _processor(folder, kind) if processor is None else processor
     _settle_padding(module, processor)
-    module.to(device=device, dtype=dtype)
+    module = nn.Module.to(module, device=device, dtype=dtype)
     head, path = None, ""
     if kind != "causal-lm":
         path, found = _find_head(module, len(labels))

@@ -101,6 +101,7 @@ class Fits:
         if not active:
             return []
         sums = self._gradients(active)
+        self.learner.steps += len(active)
         done: list[tuple[int, Any]] = []
         norms = torch.linalg.vector_norm(self.grads, dim=1)
         for (k, lane), norm in zip(active.items(), norms[list(active)].tolist()):

@@ -66,6 +66,7 @@ class Learner:
     def __post_init__(self) -> None:
         self.head = {k: v for k, v in self.spec.start(self.run_seed).items() if k.startswith("head/")}
         self.merges = Merges()
+        self.steps = 0  # client-steps of training so far: what throughput counts
         self._tickets = 0
         self._masks: dict[str, Tensor] = {}
         self._waiting: dict[tuple[object, ...], deque[Ready]] = {}
