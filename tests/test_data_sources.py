@@ -9,11 +9,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fedlora.data.fields import columns_of, examples, extract
-from fedlora.data.keys import decode_id, encode_id, in_order
+from fedlora.data.keys import in_order
 from fedlora.data.settings import DataSettings, PartitionSettings
 from fedlora.data.sources import parts, read
 from fedlora.errors import UserError
@@ -241,22 +239,6 @@ def test_partition_settings_follow_from_what_is_given() -> None:
     assert DataSettings(holdout_clients=3).holdout_clients == 3
     with pytest.raises(ValueError, match="names 'a' twice"):
         DataSettings(labels=("a", "b", "a"))
-
-
-@settings(deadline=None)
-@given(
-    st.lists(st.text(max_size=12) | st.sampled_from(["", ".", "..", "%", "%2E", "a/b", "con\n", "~", " "]), unique=True)
-)
-def test_client_ids_are_safe_and_reversible(ids: list[str]) -> None:
-    encoded = [encode_id(name) for name in ids]
-    assert [decode_id(part) for part in encoded] == ids
-    assert len(set(encoded)) == len(ids)
-    assert all(part and part[0] != "." and not set(part) & set('/\\:*?"<>| \n\0') for part in encoded)
-
-
-def test_long_client_ids_are_refused() -> None:
-    with pytest.raises(UserError, match="too long"):
-        encode_id("ä" * 60)
 
 
 def test_numbers_are_ordered_by_value() -> None:

@@ -1,44 +1,12 @@
-"""Names and random streams: client ids as path parts, the order of names, seeds by purpose."""
+"""Names and random streams: the order of names, seeds by purpose."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 from collections.abc import Iterable, Sequence
-from urllib.parse import quote, unquote
 
 import numpy as np
-
-from fedlora.errors import UserError
-
-
-def encode_id(client: str) -> str:
-    """A client id as one safe path part: percent-encoded UTF-8, reversible by `decode_id`.
-
-    "." and ".." (and any leading dot) are encoded too, so that no id can name another folder or hide;
-    the empty id is a lone "%", which no other id encodes to. Raises `UserError` where the part would be
-    longer than file systems allow.
-
-    >>> encode_id("St. Mary/ward 3"), encode_id(".."), encode_id("")
-    ('St.%20Mary%2Fward%203', '%2E.', '%')
-    """
-    if not client:
-        return "%"
-    part = quote(client, safe="")
-    if part.startswith("."):
-        part = "%2E" + part[1:]
-    if len(part) > 240:
-        raise UserError(f"client id {client[:40]!r}... is too long for a file name", "shorten it below 80 characters")
-    return part
-
-
-def decode_id(part: str) -> str:
-    """The client id of a path part made by `encode_id`.
-
-    >>> decode_id(encode_id("a%2E/ü"))
-    'a%2E/ü'
-    """
-    return "" if part == "%" else unquote(part)
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from fedlora.data import duplicates
 from fedlora.data.fields import as_dataset, columns_of, extract
-from fedlora.data.keys import encode_id, in_order, listed, nearest, stream
+from fedlora.data.keys import in_order, listed, nearest, stream
 from fedlora.data.partition import assign, codes, hold_out
 from fedlora.data.settings import DataSettings, Sources
 from fedlora.data.sources import SPLIT_NAMES, Part, Split, many, of_dataset
@@ -232,8 +232,6 @@ def _owners(
 
 def _finish(rows: _Rows, settings: DataSettings) -> Population:
     """Splits, checks and seals."""
-    for name in rows.ids:
-        encode_id(name)  # every id must be usable as a path, whatever it holds
     owned = rows.client >= 0
     warnings = _unused(rows, owned)
     near, exact = duplicates.near_groups(rows.table), duplicates.exact_groups(rows.table)

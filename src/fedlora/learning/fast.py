@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -34,18 +36,31 @@ def measure(backbone: Backbone, task: Task, examples: Examples, spec: ModelSpec,
     try:
         seconds, features = {}, {}
         for dtype in (torch.float32, torch.bfloat16):
-            backbone.to(dtype)
-            learner = _learner(backbone, task, examples, spec, tokens)
-            seconds[dtype] = min(_seconds(learner) for _ in range(REPEATS + 1))  # the first one warms up
-            features[dtype] = _features(learner)
+            with cast(backbone, dtype):
+                learner = _learner(backbone, task, examples, spec, tokens)
+                seconds[dtype] = min(_seconds(learner) for _ in range(REPEATS + 1))  # the first one warms up
+                features[dtype] = _features(learner)
     except RuntimeError:  # an operation that does not exist in bfloat16
         return torch.float32
-    finally:
-        backbone.to(before)
     exact, fast = features[torch.float32].double(), features[torch.bfloat16].double()
     error = float((exact - fast).norm() / exact.norm().clamp_min(1e-12))
     quicker = seconds[torch.bfloat16] < GAIN * seconds[torch.float32]
     return torch.bfloat16 if quicker and error < TOLERANCE else torch.float32
+
+
+@contextmanager
+def cast(backbone: Backbone, dtype: torch.dtype) -> Iterator[None]:
+    """The base in another type inside the block; afterwards the very values that it had (not those rounded)."""
+    parameters = [(value, value.data) for value in backbone.module.parameters()]
+    buffers = [(module, name, value) for module in backbone.module.modules() for name, value in module._buffers.items()]
+    backbone.to(dtype)
+    try:
+        yield
+    finally:
+        for value, data in parameters:
+            value.data = data
+        for module, name, value in buffers:
+            module._buffers[name] = value
 
 
 def _learner(backbone: Backbone, task: Task, examples: Examples, spec: ModelSpec, tokens: int) -> Learner:

@@ -100,8 +100,12 @@ def assemble(
     *,
     model: Any = None,
     clients: Mapping[str, Any] | None = None,
+    largest: Mapping[str, int] | None = None,
 ) -> Experiment:
-    """Reads the data, loads the base, builds the algorithm, and settles every open choice of the configuration."""
+    """Reads the data, loads the base, builds the algorithm, and settles every open choice of the configuration.
+
+    ``largest``: the ranks of every client, by site, instead of those that the configuration gives them.
+    """
     kind = config.model.task
     population = build(config.data, kind) if clients is None else from_datasets(clients, config.data, kind)
     algorithm = algorithms.build(config)
@@ -119,9 +123,12 @@ def assemble(
     )
     task = task_of(config, population, backbone)
     examples = task.encode(population.table, backbone.processor)
-    profiles = ranks(config.clients.ranks or config.adapter.rank, list(population.clients), config.seed)
-    by_site = {name: _per_site(profile, backbone) for name, profile in profiles.items()}
-    largest = {site: max(own[site] for own in by_site.values()) for site in backbone.sites}
+    if largest is None:
+        profiles = ranks(config.clients.ranks or config.adapter.rank, list(population.clients), config.seed)
+        by_site = {name: _per_site(profile, backbone) for name, profile in profiles.items()}
+        largest = {site: max(own[site] for own in by_site.values()) for site in backbone.sites}
+    else:
+        by_site = {name: dict(largest) for name in population.clients}
     top = max(largest.values(), default=1)
     spec = backbone.spec(largest, config.adapter.alpha or 2.0 * top, config.adapter.scaling, extras)
     if config.adapter.start:
@@ -146,8 +153,8 @@ def assemble(
         spec,
         config.seed,
         lanes=int(config.engine.lanes),
-        budget=int(config.engine.tokens),
-        labels=_own_labels(population, spec.labels) if config.data.label_space == "client" else {},
+        tokens=int(config.engine.tokens),
+        own_labels=config.data.label_space == "client",
         dropout=config.adapter.dropout,
     )
     fleet = Simulator(
@@ -212,17 +219,6 @@ def _started(
                 )
     given = {name: value.to(spec.dtype) for name, value in tree.items()}
     return replace(spec, pretrained={**spec.pretrained, **given})
-
-
-def _own_labels(population: Population, labels: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Which labels each client has in its training data: (labels,) bool, by client."""
-    number = {label: i for i, label in enumerate(labels)}
-    column = np.array([number[str(value)] for value in population.table["label"][:]])
-    masks: dict[str, torch.Tensor] = {}
-    for name in population.clients:
-        masks[name] = torch.zeros(len(labels), dtype=torch.bool)
-        masks[name][torch.from_numpy(column[population.train(name)])] = True
-    return masks
 
 
 def _resolved(

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from fedlora.adapters.algebra import whole
 from fedlora.adapters.lora import LaneLinear, mergeable, merged_weight
 from fedlora.adapters.peft import Base, change, describe, flatten, not_plain, read, replacing, to_peft, write
+from fedlora.assets import embedded_lm
 from fedlora.errors import UserError
 from fedlora.federation.memory import quoted
 from fedlora.federation.orders import Model, logits
@@ -71,12 +72,14 @@ def config_of(about: About) -> RunConfig:
 def base_of(backbone: Backbone) -> Base:
     """What a PEFT folder must know of a run's base."""
     task = {"text-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}.get(backbone.kind)
-    return describe(backbone.module, public_name(backbone.name), task, backbone.head_path)
+    return describe(backbone.module, _public(backbone.name), task, backbone.head_path)
 
 
-def public_name(name: str) -> str:
-    """The name under which others find a base."""
-    return {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}.get(name, name)
+def _public(name: str) -> str:
+    """The name under which PEFT and transformers find a base."""
+    if name == "minilm":
+        return "sentence-transformers/all-MiniLM-L6-v2"
+    return str(embedded_lm()) if name == "embedded-lm" else name
 
 
 def heads(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
@@ -85,20 +88,26 @@ def heads(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
 
 
 def recipe(backbone: Backbone) -> tuple[str, ...]:
-    """Python lines that load the base."""
-    name, module = public_name(backbone.name), backbone.module
+    """Python lines that load the base, in float32 as predictions are made."""
+    module, lines, name = backbone.module, (), repr(_public(backbone.name))
+    if backbone.name == "embedded-lm":
+        lines, name = ("from fedlora.assets import embedded_lm",), "embedded_lm()"
+    arguments = f'{name}, dtype="float32"'
     if isinstance(module, PooledClassifier) and module.config.projection is None:
+        kind = type(module.encoder).__name__
         return (
-            f"from transformers import {type(module.encoder).__name__}",
+            *lines,
             "from fedlora.learning.pooled import PooledClassifier, PooledConfig",
+            f"from transformers import {kind}",
             "",
-            f"encoder = {type(module.encoder).__name__}.from_pretrained({name!r})",
-            f"config = PooledConfig(encoder.config, {module.config.pooling!r}, num_labels={len(backbone.labels)})",
+            f"encoder = {kind}.from_pretrained({arguments})",
+            f'config = PooledConfig(encoder.config, "{module.config.pooling}", num_labels={len(backbone.labels)})',
             "base = PooledClassifier(config, encoder)",
         )
-    arguments = f", num_labels={len(backbone.labels)}, ignore_mismatched_sizes=True" if backbone.labels else ""
+    if backbone.labels:
+        arguments += f", num_labels={len(backbone.labels)}, ignore_mismatched_sizes=True"
     kind = type(module).__name__
-    return (f"from transformers import {kind}", "", f"base = {kind}.from_pretrained({name!r}{arguments})")
+    return (*lines, f"from transformers import {kind}", "", f"base = {kind}.from_pretrained({arguments})")
 
 
 def rebuilt(about: About, device: str = "cpu") -> Backbone:

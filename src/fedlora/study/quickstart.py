@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.table import Table
@@ -23,6 +23,9 @@ from fedlora.data.packages import HELD_OUT, available, sources
 from fedlora.errors import UserError
 from fedlora.study.folder import write_json
 from fedlora.study.report import megabytes, number
+
+if TYPE_CHECKING:
+    from fedlora.study.run import Result
 
 CLIENTS = 16
 TRAIN_BYTES, HELD_BYTES = 32_000, 6_000
@@ -56,7 +59,7 @@ name = "{algorithm}"
 [training]
 rounds = {rounds}
 {training}
-eval_every = 0
+eval_every = {every}                # at the start and at the end
 
 [output]
 client_adapters = "all"
@@ -104,14 +107,14 @@ def quickstart(out: Path, *, seed: int = 0, console: Console | None = None, plan
         raise UserError(f"--out {out}: exists and is not empty", "remove it or choose another --out")
     names = write_data(out / "data", seed)
     console.print(f"{len(names)} clients, each one code base: {', '.join(names)}")
-    summaries: dict[str, Mapping[str, Any]] = {}
+    results: dict[str, Result] = {}
     for plan in plans:
         file = out / f"{plan.file}.toml"
         file.write_text(text_of(plan, seed, file))
         console.print(f"fedlora run {file}", highlight=False)
-        summaries[plan.file] = run(load(file), out=out / plan.file, progress=True).summary
-    rows = rows_of(summaries)
-    shown = picture(rows, summaries, time.perf_counter() - start)
+        results[plan.file] = run(load(file), out=out / plan.file, progress=True)
+    rows = rows_of(results)
+    shown = picture(rows, len(names), time.perf_counter() - start)
     console.print(shown)
     write_json(out / "table.json", {"seed": seed, "clients": names, "rows": [vars(row) for row in rows]})
     paper = Console(record=True, width=100, file=io.StringIO())
@@ -130,6 +133,7 @@ def text_of(plan: Plan, seed: int, file: Path) -> str:
         algorithm=plan.algorithm,
         parameters=plan.parameters,
         rounds=plan.rounds,
+        every=plan.rounds,
         training=plan.training,
     )
 
@@ -174,17 +178,18 @@ def divided(files: Sequence[tuple[str, str]], name: str, seed: int) -> dict[str,
     return parts
 
 
-def rows_of(summaries: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """The table's rows from the runs' summaries."""
-    alone, flex, pooled = summaries["alone"], summaries["flexlora"], summaries["pooled"]
+def rows_of(results: Mapping[str, Result]) -> list[Row]:
+    """The table's rows from the runs; the base is what FlexLoRA's first evaluation, before any training, scores."""
+    alone, flex, pooled = (results[name].summary for name in ("alone", "flexlora", "pooled"))
+    begin = results["flexlora"].history[0]
     variants = flex["personal"]["variants"]
+    traffic = flex["bytes"]["up"] + flex["bytes"]["down"]
 
     def row(name: str, scores: Mapping[str, Any], everyone: float | None, sent: int) -> Row:
         return Row(name, scores["mean"], scores["std"], scores["worst_decile"], everyone, sent)
 
-    traffic = flex["bytes"]["up"] + flex["bytes"]["down"]
     return [
-        row("base", alone["personal"]["variants"]["base"], None, 0),
+        row("base", begin["personal"]["variants"]["global"], begin["global"], 0),
         row("each alone", alone["personal"], None, 0),
         row("FlexLoRA", variants["global"], flex["global"]["score"], traffic),
         row("FlexLoRA + one local epoch", variants["finetuned"], None, traffic),
@@ -192,7 +197,7 @@ def rows_of(summaries: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     ]
 
 
-def picture(rows: Sequence[Row], summaries: Mapping[str, Mapping[str, Any]], seconds: float) -> Group:
+def picture(rows: Sequence[Row], clients: int, seconds: float) -> Group:
     """The result: a table with bars of what was gained on the base."""
     table = Table(title="bits per byte on held-out source files (lower is better)", title_justify="left")
     for heading in ("", "own files", "std", "worst tenth", "everyone's", "sent"):
@@ -212,5 +217,4 @@ def picture(rows: Sequence[Row], summaries: Mapping[str, Mapping[str, Any]], sec
     for row in rows[1:]:
         gain = base - (row.mean or base)
         bars.append(Text(f"  {row.name:<32} {'█' * round(40 * max(gain, 0) / best) if best > 0 else ''} {gain:+.4f}"))
-    clients = summaries["flexlora"]["clients"]
     return Group(table, *bars, Text(f"{clients} clients, {seconds:.0f} s"))

@@ -114,7 +114,8 @@ def _train(experiment: Experiment, saved: Mapping[str, Any] | None, progress: bo
             line = _line(report, seconds, steps, scores)
             files.append(folder / "metrics.jsonl", line)
             watched.done(line)
-            checkpoint = {**report.checkpoint, "population": experiment.population.digest}
+            known = {"population": experiment.population.digest, "ranks": dict(experiment.spec.ranks)}
+            checkpoint = {**report.checkpoint, **known}
             experiment.fleet.flush()
             checkpoints.save(folder / "checkpoints", checkpoint)
             report.saved()

@@ -4,9 +4,28 @@ from __future__ import annotations
 
 from fedlora.data.population import Population
 from fedlora.learning.backbone import Backbone
-from fedlora.learning.tasks import Task
+from fedlora.learning.tasks import CausalLM, ImageClassification, Task, TextClassification
 from fedlora.study.config import RunConfig
+
+LONGEST = {"text-classification": 128, "causal-lm": 256}
+"""Tokens of an example where the run file does not say; no more than the model can place."""
 
 
 def task_of(config: RunConfig, population: Population, backbone: Backbone) -> Task:
-    raise NotImplementedError
+    """The task of a run, reading the columns that a population has."""
+    kind = config.model.task
+    if kind == "image-classification":
+        return ImageClassification(population.labels)
+    length = max_length(config, backbone)
+    if kind == "text-classification":
+        return TextClassification(population.labels, max_length=length)
+    text = "text" if "text" in population.fields else None
+    return CausalLM(text=text, max_length=length)
+
+
+def max_length(config: RunConfig, backbone: Backbone) -> int:
+    """The run file's ``[data] max_length``, else a length that suits the task and fits the model."""
+    settings = getattr(backbone.module, "config", None)
+    encoder = getattr(settings, "encoder", settings)
+    room = getattr(encoder, "max_position_embeddings", None) or LONGEST[config.model.task]
+    return config.data.max_length or min(LONGEST[config.model.task], room)

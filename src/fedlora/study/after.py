@@ -1,0 +1,77 @@
+"""What one does with a finished run: score it on other data, serve a client that comes late."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from fedlora.data.fields import examples
+from fedlora.errors import UserError
+from fedlora.federation import checkpoint as checkpoints
+from fedlora.federation.client import Job
+from fedlora.federation.memory import quoted
+from fedlora.federation.orders import Model, Score
+from fedlora.federation.spec import Sums
+from fedlora.study import export, folder
+from fedlora.study.config import RunConfig, load
+from fedlora.study.deploy import deployed, write
+from fedlora.study.experiment import Experiment, assemble
+
+
+def evaluate(run: str | Path, data: str | Path, *, client: str | None = None, model: Any = None) -> dict[str, float]:
+    """The scores of a run's global model (or of one client's deployed model) on a file with the run's columns.
+
+    Raises UserError where there is no such model, or where the file holds labels that the run does not know.
+    """
+    place, config, saved = _finished(run)
+    found, _ = export.load(export.deployed(place, client))
+    table = examples(str(data), config.data, config.model.task)
+    table = table.add_column("split", ["test"] * len(table))  # type: ignore[arg-type]
+    experiment = _alone(config, place, "data", table, saved["ranks"], model)
+    return _scores(experiment, found, "data")
+
+
+def personalize(
+    run: str | Path, data: str | Path, *, client: str = "new-client", model: Any = None
+) -> tuple[Path, dict[str, float]]:
+    """Introduces a new client to a finished run and writes what it would deploy: (its adapter's folder, test scores).
+
+    Its examples are split 70/10/20 like any client's; the server's state stays as it is.
+    """
+    place, config, saved = _finished(run)
+    target = place / "adapters" / export.CLIENTS / quoted(client)
+    if client in saved["acked"] or target.exists():
+        raise UserError(f"{place}: a client {client!r} is there already", "choose another --client id")
+    table = examples(str(data), config.data, config.model.task)
+    experiment = _alone(config, place, client, table, saved["ranks"], model)
+    models = deployed(experiment, saved, experiment.fleet.clients[client])
+    best = next(iter(models.values()))
+    scores = _scores(experiment, best, client)
+    write(experiment, target, best, client, scores.get(experiment.metric.name))
+    return target, scores
+
+
+def _finished(run: str | Path) -> tuple[Path, RunConfig, Mapping[str, Any]]:
+    """A run's folder, its resolved configuration and its last checkpoint."""
+    place = folder.existing(run)
+    saved = checkpoints.latest(place / "checkpoints")
+    if saved is None:
+        raise UserError(f"{place}: the run has no checkpoint yet", f"finish it: fedlora resume {place}")
+    return place, load(place / "config.toml"), saved
+
+
+def _alone(
+    config: RunConfig, place: Path, client: str, table: datasets.Dataset, ranks: Mapping[str, int], model: Any
+) -> Experiment:
+    """The run's model and algorithm with one other client, which holds the largest rank served and never trains."""
+    names = {name: name for name in ("text", "label", "prompt", "response", "image") if getattr(config.data, name)}
+    alone = {"partition": {"by": "iid", "clients": 1}, "holdout_clients": [client], **names}
+    return assemble(config.replace(data=alone), place, model=model, clients={client: table}, largest=ranks)
+
+
+def _scores(experiment: Experiment, model: Model, client: str) -> dict[str, float]:
+    sums: Sums = experiment.fleet.alone([Job(Score(model, "test"), 0, client)])[0]
+    return {name: total / count for name, (total, count) in sums.items() if count}

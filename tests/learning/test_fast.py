@@ -1,0 +1,31 @@
+"""Measuring the compute type leaves the base as it was."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fedlora.learning.backbone import load_backbone
+from fedlora.learning.fast import cast
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7))
+        self.head = nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))
+
+
+def test_a_cast_base_comes_back_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    backbone = load_backbone(Small(), "text-classification", labels=("a", "b", "c"), targets=["body.0"])
+    before = {name: value.clone() for name, value in backbone.module.state_dict().items()}
+    with cast(backbone, torch.bfloat16):
+        assert backbone.dtype == torch.bfloat16
+    after = backbone.module.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert any(not torch.equal(v, v.bfloat16().to(v.dtype)) for v in before.values() if v.is_floating_point())
