@@ -182,6 +182,10 @@ def test_truncation_does_not_depend_on_the_order_of_stacking() -> None:
     assert same([a, b], [c, d], 1e-10)
     assert float(b[:, 4:].abs().max()) == 0
     assert not torch.allclose(truncate(one, "s", 8, seed=6)[0][4:], a[4:])
+    e, f, _ = truncate({"s/W": product(one, "s")}, "s", 8, seed=5)  # dense: null vectors are rounding
+    g1, h, _ = truncate({"s/W": product(two, "s")}, "s", 8, seed=5)
+    assert same([e, f], [g1, h], 1e-10)
+    assert same([e, f], [a, b], 1e-10)
 
 
 def test_complete_is_seeded_and_orthonormal() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,18 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conformance.table import world
+from federation.doubles import SPEC, Slow, Toy, simulator
 from fedlora.adapters.algebra import difference
-from fedlora.engines.simulator import WINDOW, Simulator
 from fedlora.errors import UserError
 from fedlora.federation.aggregate import Mean
-from fedlora.federation.algorithm import Algorithm, Reply, Update
-from fedlora.federation.client import Job, numbered
+from fedlora.federation.algorithm import Reply, Request, Update
+from fedlora.federation.client import handle, numbered
 from fedlora.federation.memory import RamMemory
 from fedlora.federation.orders import Model, Score, Work
 from fedlora.federation.rounds import evaluate, fault, in_order, once, rounds
 from fedlora.federation.sampling import Cohorts
 from fedlora.federation.spec import Client, Local, ModelSpec, Tree
-from fedlora.federation.wire import encode, frame_size
+from fedlora.federation.wire import encode
 
 # ---------------------------------------------------------------- replies
 
@@ -124,9 +124,10 @@ def test_the_test_split_is_out_of_reach() -> None:
             closed.append("yes")
 
     local = Local(Client("c", {}), world("fedit").spec, 1, 1, 0, 1, {})
+    program = cheat()
     with pytest.raises(PermissionError, match="test split"):
-        next(numbered(cheat(), local, "train"))
-    assert closed == ["yes"]
+        next(numbered(program, local, "train"))
+    assert closed == ["yes"]  # while somebody still holds it
 
     def mistaken() -> Work[None]:
         yield "Fit"
@@ -144,9 +145,6 @@ def test_a_memory_that_is_gone_is_named() -> None:
 
 
 def test_a_client_is_not_asked_to_train_before_its_introduction() -> None:
-    from fedlora.federation.algorithm import Request
-    from fedlora.federation.client import handle
-
     @dataclass(frozen=True)
     class Introduced(Toy):
         introduction = Mean()
@@ -155,6 +153,97 @@ def test_a_client_is_not_asked_to_train_before_its_introduction() -> None:
     request = Request("run", "train", 1, 1, None, None, {})
     with pytest.raises(ValueError, match="before its introduction was acknowledged"):
         next(handle(Introduced(), request, RamMemory("c"), local))
+
+
+def test_a_first_memory_is_a_function_of_the_client_alone() -> None:
+    """The same orders and streams at an introduction in any round, before a first training and for a stranger."""
+    seen: list[tuple[int, int]] = []
+
+    @dataclass(frozen=True)
+    class Curious(Toy):
+        def client_init(self, local: Local) -> Work[tuple[None, Tree]]:
+            yield from Score(Model({}), "train")
+            seen.append((local.round, local.seed("own")))
+            return None, {}
+
+    streams = []
+    for kind, round in (("introduce", 0), ("introduce", 6), ("train", 3), ("evaluate", 9)):
+        local = Local(Client("c", {}), SPEC, round, 9, 5, 1, {})
+        request = Request("run", kind, round, 9, None, None, {"head/bias": torch.zeros(3)})  # type: ignore[arg-type]
+        program = handle(Curious(), request, RamMemory("c"), local)
+        (job,) = next(program)
+        streams.append(job.seed)
+        with contextlib.suppress(StopIteration, NotImplementedError):
+            program.send(({"loss": (0.0, 1.0)},))
+        program.close()
+    assert len(set(streams)) == 1
+    assert seen == [seen[0]] * 4
+
+
+def test_only_the_checkpoint_that_was_saved_moves_what_clients_keep() -> None:
+    """``saved`` of an earlier report may come late; clients are told of that report's round, not of the latest."""
+    toy, asked = Toy(), list[tuple[int, int | None, int | None]]()
+    fleet = simulator(Slow(), 1, 1, toy)
+    ask = fleet.ask
+
+    def noted(requests: Any) -> Iterator[Any]:
+        one = requests["c0000"]
+        asked.append((one.round, one.base_version, one.keep_from))
+        return ask(requests)
+
+    fleet.ask = noted  # type: ignore[method-assign]
+    loop = rounds(toy, SPEC, fleet, total=5, seed=0)
+    reports = [next(loop) for _ in range(4)]
+    reports[2].saved()
+    next(loop)
+    reports[3].saved()
+    next(loop)
+    assert asked == [(1, None, None), (2, 1, None), (3, 2, None), (4, 3, 2), (5, 4, 3)]
+
+
+@dataclass(frozen=True)
+class Views(Toy):
+    """Everything it serves, sends and keeps is a transposed view."""
+
+    layouts: list[bool] = field(default_factory=list)
+
+    def server_init(self, spec: ModelSpec, seed: int) -> Any:
+        return {"nested": [{"x": torch.zeros(2, 3).T}]}
+
+    def broadcast(self, state: Any, client: Client, round: int) -> Tree:
+        self.layouts.append(state["nested"][0]["x"].is_contiguous())
+        return {"x": state["nested"][0]["x"].T.contiguous().T[:, :1]}
+
+    def client_update(self, payload: Tree, memory: Tree, local: Local) -> Work[tuple[Update, Tree]]:
+        yield from Score(Model({}), "train")
+        self.layouts.extend(value.is_contiguous() for value in (*payload.values(), *memory.values()))
+        return Update({"x": torch.ones(2, 3).T}, 1.0, {}), {"x": torch.ones(2, 3).T}
+
+    def expects(self, state: Any, client: Client, round: int, kind: str) -> Mapping[str, Any]:
+        return {"x": (3, 2)}
+
+    def server_update(self, state: Any, value: Tree, round: int) -> Any:
+        return {"nested": ({"x": torch.ones(2, 3).T},)}
+
+
+def test_everybody_computes_with_the_layout_that_bytes_would_give() -> None:
+    """Else a kernel rounds differently after a wire or a resume."""
+    algorithm, arrived = Views(), list[bool]()
+    fleet = simulator(Slow(), 2, 1, algorithm)
+    ask = fleet.ask
+
+    def looked(requests: Any) -> Iterator[Any]:
+        for name, reply in ask(requests):
+            arrived.append(reply.update.arrays["x"].is_contiguous())  # type: ignore[union-attr]
+            yield name, reply
+
+    fleet.ask = looked  # type: ignore[method-assign]
+    report = list(rounds(algorithm, SPEC, fleet, total=2, seed=0))[-1]
+    assert isinstance(report.state["nested"], list)
+    assert len(algorithm.layouts) == 4 + 4 + 2
+    assert all(algorithm.layouts)
+    assert len(arrived) == 4
+    assert all(arrived)
 
 
 # ---------------------------------------------------------------- bytes and evaluation
@@ -186,165 +275,6 @@ def test_evaluation_is_lazy_names_its_split_and_serves_strangers() -> None:
     assert sums["local"]["accuracy"][1] == 8.0
     assert next(lines)[0] == "c1"
     assert not fleet.stores["c1"].versions  # type: ignore[attr-defined]
-
-
-# ---------------------------------------------------------------- scale, and the simulator
-
-
-@dataclass
-class Watch:
-    """How many of the watched objects were alive at most."""
-
-    alive: list[Any] = field(default_factory=list)
-    peak: int = 0
-
-    def see(self, value: Any) -> Any:
-        self.alive.append(weakref.ref(value, self.alive.remove))
-        self.peak = max(self.peak, len(self.alive))
-        return value
-
-
-SPEC = ModelSpec({}, {}, {"head/bias": (3,)}, ("a", "b"), 2)
-
-
-@dataclass(frozen=True)
-class Toy(Algorithm[Tree, Tree, Tree]):
-    """Every client asks for one score and sends ones."""
-
-    payloads: Watch = field(default_factory=Watch)
-    updates: Watch = field(default_factory=Watch)
-
-    aggregator = Mean()
-
-    def server_init(self, spec: ModelSpec, seed: int) -> Tree:
-        return {"head/bias": torch.zeros(3)}
-
-    def broadcast(self, state: Tree, client: Client, round: int) -> Tree:
-        return {"head/bias": self.payloads.see(state["head/bias"].clone())}
-
-    def client_update(self, payload: Tree, memory: Tree, local: Local) -> Work[tuple[Update, Tree]]:
-        yield from Score(Model(payload), "train")
-        return Update({"head/bias": self.updates.see(torch.ones(3))}, local.examples, {}), memory
-
-    def expects(self, state: Tree, client: Client, round: int, kind: str) -> Mapping[str, Any]:
-        return {"head/bias": (3,)}
-
-    def server_update(self, state: Tree, value: Tree, round: int) -> Tree:
-        return {"head/bias": state["head/bias"] + value["head/bias"].float()}
-
-
-@dataclass
-class Slow:
-    """An executor that finishes one job a turn, those of client ``last`` at the very end; ``failing`` ones fail."""
-
-    last: str = ""
-    failing: frozenset[str] = frozenset()
-    jobs: dict[int, Job] = field(default_factory=dict)
-    open: list[int] = field(default_factory=list)
-    count: int = 0
-
-    @property
-    def idle(self) -> bool:
-        return not self.jobs
-
-    def submit(self, job: Job) -> int:
-        self.count += 1
-        self.jobs[self.count] = job
-        return self.count
-
-    def advance(self) -> list[tuple[int, Any]]:
-        self.open.append(len(self.jobs))
-        ticket = min(self.jobs, key=lambda t: (self.jobs[t].client == self.last, t))
-        job = self.jobs.pop(ticket)
-        return [(ticket, FloatingPointError("diverged") if job.client in self.failing else {"loss": (0.0, 1.0)})]
-
-
-def simulator(executor: Slow, count: int, lanes: int, algorithm: Toy | None = None) -> Simulator:
-    clients = {f"c{k:04d}": Client(f"c{k:04d}", {}, examples=4) for k in range(count)}
-    return Simulator(algorithm or Toy(), SPEC, executor, clients, lambda id: (4, {}), 0, lanes)
-
-
-def test_a_round_of_a_thousand_clients_holds_a_handful() -> None:
-    """Payloads are built when a client starts and updates are folded as they come: counted, not timed."""
-    toy, executor = Toy(), Slow()
-    report = list(rounds(toy, SPEC, simulator(executor, 1000, 4, toy), total=1, seed=0))[-1]
-    assert len(report.folded) == 1000
-    assert torch.equal(report.state["head/bias"], torch.ones(3))
-    assert toy.payloads.peak <= 4 + 2
-    assert toy.updates.peak <= 4 + 2
-    assert max(executor.open) == 4
-    assert report.bytes["down"] == 1000 * frame_size({"head/bias": torch.zeros(3)})
-
-
-def test_a_slow_client_bounds_what_waits_for_it() -> None:
-    toy, executor = Toy(), Slow(last="c0000")
-    report = list(rounds(toy, SPEC, simulator(executor, 400, 4, toy), total=1, seed=0))[-1]
-    assert len(report.folded) == 400
-    assert 10 < toy.updates.peak <= WINDOW + 2
-
-
-def test_a_failed_job_loses_its_client_and_nobody_else(caplog: pytest.LogCaptureFixture) -> None:
-    fleet = simulator(Slow(failing=frozenset({"c0001", "c0003"})), 5, 3)
-    reports = list(rounds(fleet.algorithm, SPEC, fleet, total=2, seed=0))
-    assert all(report.lost == ("c0001", "c0003") for report in reports[1:])
-    assert all(report.folded == ("c0000", "c0002", "c0004") for report in reports[1:])
-    assert "c0001" in caplog.text
-    assert "FloatingPointError: diverged" in caplog.text
-
-
-@dataclass(frozen=True)
-class Pairs(Toy):
-    """Two orders at once, an empty tuple, then the end; ``closed`` counts programs that were ended properly."""
-
-    closed: list[str] = field(default_factory=list)
-
-    def client_update(self, payload: Tree, memory: Tree, local: Local) -> Work[tuple[Update, Tree]]:
-        try:
-            answers = yield (Score(Model(payload), "fit"), Score(Model(payload), "holdout"))
-            assert len(answers) == 2
-            assert (yield ()) == ()
-            return Update({"head/bias": torch.ones(3)}, 1.0, {}), memory
-        finally:
-            self.closed.append(local.client.id)
-
-
-def test_tuples_of_orders_and_programs_that_are_left() -> None:
-    algorithm = Pairs()
-    fleet = simulator(Slow(failing=frozenset({"c0002"})), 4, 2, algorithm)
-    report = list(rounds(algorithm, SPEC, fleet, total=1, seed=0))[-1]
-    assert report.folded == ("c0000", "c0001", "c0003")
-    assert sorted(algorithm.closed) == [f"c000{k}" for k in range(4)]
-    algorithm.closed.clear()
-    replies = fleet.ask({id: request("train", id) for id in fleet.clients})
-    next(replies)
-    replies.close()  # type: ignore[attr-defined]
-    assert len(algorithm.closed) == 2  # the one that answered and the one that was held at its yield
-
-
-def request(kind: Any, id: str) -> Any:
-    from fedlora.federation.algorithm import Request
-
-    return Request("run", kind, 1, 1, None, None, {"head/bias": torch.zeros(3)})
-
-
-def test_an_executor_that_forgets_a_job_is_an_error() -> None:
-    executor = Slow()
-    fleet = simulator(executor, 2, 2)
-    executor.submit = lambda job: 7  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="nothing to do"):
-        list(fleet.ask({id: request("train", id) for id in fleet.clients}))
-
-
-def test_an_error_of_the_algorithm_ends_the_run() -> None:
-    @dataclass(frozen=True)
-    class Broken(Toy):
-        def client_update(self, payload: Tree, memory: Tree, local: Local) -> Work[tuple[Update, Tree]]:
-            raise KeyError("a typo")
-            yield
-
-    algorithm = Broken()
-    with pytest.raises(KeyError, match="a typo"):
-        list(rounds(algorithm, SPEC, simulator(Slow(), 2, 2, algorithm), total=1, seed=0))
 
 
 def test_nobody_there() -> None:

@@ -92,12 +92,15 @@ class Simulator:
         """The results of some jobs while nobody else waits; a failed one raises."""
         tickets = [self.executor.submit(job) for job in jobs]
         results: dict[int, Any] = {}
-        while len(results) < len(tickets):
+        while not results.keys() >= set(tickets):  # it may still hold jobs of a client that was lost
+            if self.executor.idle:
+                raise RuntimeError("the executor has nothing to do, but a job is not done")
             results.update(self.executor.advance())
-        for result in results.values():
-            if isinstance(result, Exception):
-                raise result
-        return tuple(results[ticket] for ticket in tickets)
+        answers = tuple(results[ticket] for ticket in tickets)
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return answers
 
     def ask(self, requests: Mapping[str, Request]) -> Iterator[tuple[str, Reply | None]]:
         """Starts clients in the mapping's order. One whose job failed is lost and the reason logged; the others go on.
