@@ -21,6 +21,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTModel,
 )
 
 from fedlora.adapters.algebra import product, sites
@@ -491,3 +493,37 @@ def test_prompts_are_formed_as_in_training(decoder, dialogue: bool, tmp_path) ->
     examples, units = _prompts(config_of(about), backbone, ["the cat"])
     assert prompt_of(examples, int(units[0])) == [2, 3, 5]  # the line break is no token of this tokenizer
     assert isinstance(got, str)
+
+
+def test_image_files_are_classified(tmp_path) -> None:
+    """The export's answer for a file equals the loaded base with the head by hand, on the same normalised pixels."""
+    image = pytest.importorskip("PIL.Image")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    vit = ViTModel(ViTConfig(initializer_range=0.3, image_size=8, patch_size=4, **sizes), add_pooling_layer=False)
+    vit.save_pretrained(tmp_path / "vit")
+    settings = {"size": {"height": 8, "width": 8}, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(settings))
+    pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8)
+    image.fromarray(pixels.numpy()).save(tmp_path / "one.png")
+
+    backbone = load_backbone(tmp_path / "vit", "image-classification", labels=LABELS)
+    params = tuned(backbone)
+    config = {
+        "model": {"name": str(tmp_path / "vit"), "task": "image-classification"},
+        "data": {"train": "x", "image": "image", "label": "label"},
+        "algorithm": {"name": "fedit"},
+    }
+    about = About(run_settings(parse(config, "the test")), LABELS, "fedit", recipe=recipe(backbone))
+    save(tmp_path / "a", Model(params), base_of(backbone), about)
+    (answer,) = predict(tmp_path / "a", [str(tmp_path / "one.png")])
+    code = (tmp_path / "a" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(code.replace("THIS_FOLDER", str(tmp_path / "a")), names)
+    with torch.no_grad():
+        x = ((pixels / 255 - 0.5) / 0.25).permute(2, 0, 1)[None]
+        wanted = names["model"](pixel_values=x).logits.softmax(-1)
+    assert isinstance(answer, Prediction)
+    torch.testing.assert_close(torch.tensor([list(answer.probabilities.values())]), wanted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="no image file"):
+        predict(tmp_path / "a", ["absent.png"])
