@@ -198,10 +198,8 @@ class Stack:
         if callable(held.model.weights):
             gates = self._gates(held.model.weights, inputs, segments, merged, changes)
         overrides = self._overrides() if self.lanes == 1 else {}
-        if overrides and merged:
-            raise ValueError(
-                "a model that trains or replaces base parameters cannot also carry shared changes of the base"
-            )
+        if both := sorted(path for path in overrides if path.rpartition(".")[0] in merged):
+            raise ValueError(f"a model replaces {both[0]!r} and carries a shared change of it: only one of the two")
         plan = Plan(segments, self._factors(gates), self._dense(changes, gates), merged, dropout)
         return plan, overrides
 
