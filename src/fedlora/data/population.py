@@ -142,8 +142,12 @@ def build(settings: DataSettings, task: str) -> Population:
     return _finish(rows, settings)
 
 
-def from_datasets(clients: Mapping[str, datasets.Dataset], settings: DataSettings, task: str) -> Population:
+def from_datasets(
+    clients: Mapping[str, datasets.Dataset], settings: DataSettings, task: str, *, strangers: bool = False
+) -> Population:
     """The same from each client's own dataset; a column `split` (train, validation, test) is respected where present.
+
+    `strangers`: nobody of them trains (they are only scored or served, with the labels that `settings` lists).
 
     Raises `UserError` that names the client and row of what is wrong.
     """
@@ -172,7 +176,7 @@ def from_datasets(clients: Mapping[str, datasets.Dataset], settings: DataSetting
         labels=table["label"][:] if "label" in columns else None,
         ids=ids,
         has_test=np.bincount(client[placed == TEST], minlength=len(ids)) > 0,
-        unseen=hold_out(settings.holdout_clients, ids, settings.seed),
+        unseen=tuple(ids) if strangers else hold_out(settings.holdout_clients, ids, settings.seed),
         read=read,
     )
     return _finish(rows, settings)

@@ -68,8 +68,7 @@ def _alone(
 ) -> Experiment:
     """The run's model and algorithm with one other client, which holds the largest rank served and never trains."""
     names = {name: name for name in ("text", "label", "prompt", "response", "image") if getattr(config.data, name)}
-    alone = {"partition": {"by": "iid", "clients": 1}, "holdout_clients": [client], **names}
-    return assemble(config.replace(data=alone), place, model=model, clients={client: table}, largest=ranks)
+    return assemble(config.replace(data=names), place, model=model, clients={client: table}, largest=ranks)
 
 
 def _scores(experiment: Experiment, model: Model, client: str) -> dict[str, float]:

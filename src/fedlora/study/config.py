@@ -79,7 +79,8 @@ class AlgorithmSettings(BaseModel):
 
 class TrainingSettings(Section):
     """``[training]``. None: the algorithm's own default. ``clients_per_round``: a count, or a share below 1; default
-    everybody. ``eval_every``: rounds between evaluations (0: only at the end)."""
+    everybody. ``loss_on``: the tokens of instruction data that are learnt. ``generate``: new tokens per answer when
+    scoring; above 0 adds exact match and Rouge-L. ``eval_every``: rounds between evaluations (0: only at the end)."""
 
     rounds: int = Field(10, ge=0)
     clients_per_round: int | float | None = Field(None, gt=0)
@@ -93,6 +94,8 @@ class TrainingSettings(Section):
     weight_decay: float | None = Field(None, ge=0)
     clip: float | None = Field(None, gt=0)
     schedule: Literal["constant", "linear", "cosine"] | None = None
+    loss_on: Literal["answer", "all"] = "answer"
+    generate: int = Field(0, ge=0)
     eval_every: int = Field(1, ge=0)
     eval_clients: int | None = Field(None, ge=1)
 

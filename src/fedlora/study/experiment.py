@@ -104,10 +104,13 @@ def assemble(
 ) -> Experiment:
     """Reads the data, loads the base, builds the algorithm, and settles every open choice of the configuration.
 
-    ``largest``: the ranks of every client, by site, instead of those that the configuration gives them.
+    ``largest``: the clients given are newcomers to a finished run, which never train and have these ranks by site.
     """
     kind = config.model.task
-    population = build(config.data, kind) if clients is None else from_datasets(clients, config.data, kind)
+    strange = largest is not None
+    population = (
+        build(config.data, kind) if clients is None else from_datasets(clients, config.data, kind, strangers=strange)
+    )
     algorithm = algorithms.build(config)
     extras: Extras = getattr(algorithm, "extras", Extras())
     device = _device(config.engine.device)

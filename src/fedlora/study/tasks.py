@@ -20,7 +20,8 @@ def task_of(config: RunConfig, population: Population, backbone: Backbone) -> Ta
     if kind == "text-classification":
         return TextClassification(population.labels, max_length=length)
     text = "text" if "text" in population.fields else None
-    return CausalLM(text=text, max_length=length)
+    training = config.training
+    return CausalLM(text, max_length=length, whole=training.loss_on == "all", generate=training.generate)
 
 
 def max_length(config: RunConfig, backbone: Backbone) -> int:

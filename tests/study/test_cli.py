@@ -1,0 +1,185 @@
+"""The command line in a temporary folder, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fedlora.cli import app
+from fedlora.errors import UserError
+from study import tiny
+
+RUNNER = CliRunner()
+
+
+def fedlora(*words: object) -> str:
+    result = RUNNER.invoke(app, [str(word) for word in words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on a user's own JSONL."""
+    folder = tmp_path_factory.mktemp("user")
+    file = tiny.run_file(
+        folder, training="rounds = 3\nepochs = 4\nbatch_size = 4\n", data='partition = {by = "column", column = "hospital"}\nholdout_clients = 1\n'
+    )
+    out = folder / "run"
+    assert "wrote" in fedlora("run", file, "--out", out)
+    return out
+
+
+def test_a_run_folder_holds_what_it_says(done: Path) -> None:
+    summary = json.loads((done / "summary.json").read_text())
+    assert summary["algorithm"] == "fedit"
+    assert summary["metric"] == "accuracy"
+    assert summary["higher_is_better"] is True
+    assert summary["rounds"] == 3
+    personal = summary["personal"]
+    scores = list(personal["per_client"].values())
+    assert summary["clients"] == len(scores) == 5
+    assert math.isclose(personal["mean"], sum(scores) / len(scores))
+    assert personal["worst_decile"] == min(scores)  # the worst ceil(5 / 10) clients are one
+    assert personal["mean"] > 0.5  # chance is 1/3
+    lines = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [0, 1, 2, 3]
+    assert summary["bytes"]["up"] == sum(line["bytes"]["up"] for line in lines) > 0
+    assert lines[1]["client_steps"] == 4 * sum(math.ceil(n / 4) for n in trained(done)) > 0
+    assert summary["unseen"]["clients"] == 1
+    assert "St.%20A%2Fward%200" in {path.name for path in (done / "adapters" / "clients").iterdir()}
+    assert (done / "adapters" / "global" / "adapter_config.json").exists()
+
+
+def trained(done: Path) -> list[int]:
+    """Training examples of the clients that train."""
+    from fedlora.data.population import build
+    from fedlora.study.config import load
+
+    config = load(done / "config.toml")
+    people = build(config.data, config.model.task)
+    return [len(people.train(name)) for name in people.seen]
+
+
+def test_data_shows_clients_and_trains_nothing(done: Path) -> None:
+    text = fedlora("data", done / "config.toml")
+    assert "St. A/ward 0" in text
+    assert "animals" in text
+
+
+def test_evaluate_predict_export_and_personalize(done: Path, tmp_path: Path) -> None:
+    other = tiny.reviews(tmp_path / "other.jsonl", 60, seed=5)
+    score = float(fedlora("evaluate", done, "--data", other).split("accuracy: ")[1].split()[0])
+    assert score > 0.5
+    client = "St. A/ward 0"
+    assert "accuracy" in fedlora("evaluate", done, "--data", other, "--client", client)
+    assert fedlora("predict", done, "--client", client, "--text", "the old horse").startswith(tuple(tiny.TOPICS))
+    exported = tmp_path / "adapter"
+    fedlora("export", done, "--client", client, "--to", exported)
+    assert (exported / "adapter_model.safetensors").exists()
+    assert fedlora("predict", exported, "--text", "the old horse") == fedlora(
+        "predict", done, "--client", client, "--text", "the old horse"
+    )
+    fedlora("export", done, "--merge", "--to", tmp_path / "merged")
+    assert (tmp_path / "merged" / "config.json").exists()
+    text = fedlora("personalize", done, "--data", other, "--client", "St. New")
+    assert "accuracy" in text
+    assert fedlora("predict", done, "--client", "St. New", "--text", "one pear").startswith(tuple(tiny.TOPICS))
+    with pytest.raises(UserError, match="there already"):
+        fedlora("personalize", done, "--data", other, "--client", "St. New")
+
+
+def test_resume_trains_for_longer_as_if_never_stopped(tmp_path: Path) -> None:
+    file = tiny.run_file(tmp_path, training="rounds = 2\n")
+    fedlora("run", file, "--out", tmp_path / "short")
+    fedlora("resume", tmp_path / "short", "--rounds", 3)
+    fedlora("run", file, "--set", "training.rounds=3", "--out", tmp_path / "straight")
+    names = ("adapters/global/adapter_model.safetensors", "adapters/clients/3/adapter_model.safetensors")
+    for name in names:
+        assert (tmp_path / "short" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+    with pytest.raises(UserError, match="beyond"):
+        fedlora("resume", tmp_path / "short", "--rounds", 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("training.round=3", "did you mean 'rounds'"),
+        ("algorithm.name=fedti", "did you mean 'fedit'"),
+        ("algorithm.proximl=1", "did you mean 'proximal'"),
+        ("training.lr=-1", "'training.lr' = -1"),
+        ("data.label=lable", "lable"),
+        ("data.train=nothing.jsonl", "nothing.jsonl"),
+        ("clients.ranks=heavy", "heavy-tail"),
+        ("training.rounds", "section.key=value"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, change: str, said: str) -> None:
+    file = tiny.run_file(tmp_path)
+    with pytest.raises(UserError, match=said):
+        fedlora("run", file, "--set", change, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_algorithm_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass, field\n"
+        "from fedlora.algorithms.fedit import FedIT as Base\n"
+        "from fedlora.federation.algorithm import Algorithm\n"
+        "@dataclass(frozen=True)\n"
+        "class Mine(Base):\n"
+        '    """FedIT with a proximal term."""\n'
+        "    proximal: float = 0.1\n"
+    )
+    file = tiny.run_file(tmp_path, algorithm='name = "mine.py:Mine"\n', training="rounds = 1\n")
+    fedlora("run", file, "--out", tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == 1
+
+
+def test_algorithms_are_listed() -> None:
+    text = fedlora("algorithms")
+    assert "flexlora" in text
+    assert "proximal" in text
+
+
+def test_python_takes_objects_instead_of_names(tmp_path: Path) -> None:
+    import datasets
+    import transformers
+
+    import fedlora as package
+
+    model = transformers.AutoModel.from_pretrained(tiny.encoder(tmp_path / "model"))
+    model.processor = tiny.tokenizer()
+    rows = [json.loads(line) for line in tiny.reviews(tmp_path / "x.jsonl", 80).read_text().splitlines()]
+    clients = {name: datasets.Dataset.from_list(rows[i::2]) for i, name in enumerate(("north", "south"))}
+    config = {
+        "model": {"name": "mine", "task": "text-classification", "dtype": "float32"},
+        "data": {"text": "text", "label": "label"},
+        "algorithm": {"name": "fedit"},
+    }
+    result = package.run(config, model=model, clients=clients, out=tmp_path / "run", training={"rounds": 1})
+    assert sorted(result.summary["personal"]["per_client"]) == ["north", "south"]
+    assert len(result.history) == 2
+
+
+def test_a_language_model_runs_exports_and_predicts(tmp_path: Path) -> None:
+    tiny.language_model(tmp_path / "lm")
+    tiny.reviews(tmp_path / "mine.jsonl", 60)
+    file = tmp_path / "lm.toml"
+    file.write_text(
+        '[model]\nname = "lm"\ntask = "causal-lm"\ndtype = "float32"\n'
+        '[data]\ntrain = "mine.jsonl"\ntext = "text"\npartition = {clients = 3}\n'
+        '[clients]\nranks = [2, 4, 8]\n[algorithm]\nname = "flexlora"\n[training]\nrounds = 2\n'
+    )
+    fedlora("run", file, "--out", tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert summary["metric"] == "bits_per_byte"
+    assert summary["higher_is_better"] is False
+    assert summary["personal"]["mean"] < lines[0]["personal"]["mean"]
+    assert any(name.startswith("truncation/") for name in lines[-1]["measures"])
+    fedlora("predict", tmp_path / "run", "--client", "0", "--text", "the old")
