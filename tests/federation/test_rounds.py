@@ -212,7 +212,7 @@ class Views(Toy):
 
     def broadcast(self, state: Any, client: Client, round: int) -> Tree:
         self.layouts.append(state["nested"][0]["x"].is_contiguous())
-        return {"x": state["nested"][0]["x"].T.contiguous().T[:, :1]}
+        return {"x": state["nested"][0]["x"].T.contiguous().T}
 
     def client_update(self, payload: Tree, memory: Tree, local: Local) -> Work[tuple[Update, Tree]]:
         yield from Score(Model({}), "train")
