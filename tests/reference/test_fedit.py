@@ -165,6 +165,10 @@ def test_proximal_pulls_to_what_was_received() -> None:
     assert all(torch.equal(near.anchor[k], payload[k]) for k in near.anchor)
     fake.run(FedIT().client_update(payload, {}, local(CLIENTS[0])))
     assert fake.log[1].proximal is None
+    private = FedIT(proximal=0.3, extras=Extras(head="private"))
+    payload, own = private.broadcast(private.server_init(SPEC, 0), CLIENTS[0], 1), SPEC.start(1)
+    fake.run(private.client_update(payload, {"head/bias": own["head/bias"]}, local(CLIENTS[0])))
+    assert not any(key.startswith("head/") for key in fake.log[2].proximal.anchor)  # nobody pulls at what is private
 
 
 @pytest.mark.parametrize("head", ["share", "private", "frozen"])

@@ -90,9 +90,8 @@ class Attracted:
 
     def __call__(self, outputs: Mapping[str, Outputs], params: Mapping[str, Tree], batch: Batch) -> Tensor:
         out, own = outputs["model"], params["model"]
-        pull = (out.features - own["extra/prototypes"][batch.labels]).square().mean(-1) * own["extra/known"][
-            batch.labels
-        ]
+        prototypes, known = own["extra/prototypes"][batch.labels], own["extra/known"][batch.labels]
+        pull = (out.features - prototypes).square().mean(-1) * known
         return label_loss(out.logits, batch.labels) + self.strength * pull
 
 
