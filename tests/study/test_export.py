@@ -26,8 +26,10 @@ from transformers import (
 )
 
 from fedlora.adapters.algebra import product, sites
-from fedlora.adapters.peft import Base, describe
+from fedlora.adapters.peft import Base, describe, not_plain
+from fedlora.algorithms import ALGORITHMS
 from fedlora.errors import UserError
+from fedlora.federation import checkpoint as checkpoints
 from fedlora.federation.memory import quoted
 from fedlora.federation.orders import Model, Outputs, logits
 from fedlora.federation.spec import Tree
@@ -35,6 +37,9 @@ from fedlora.learning.backbone import load_backbone
 from fedlora.learning.language import prompt_of
 from fedlora.study.algorithm import find
 from fedlora.study.config import dumps, parse
+from fedlora.study.config import load as load_config
+from fedlora.study.deploy import deployed as of_client
+from fedlora.study.experiment import assemble
 from fedlora.study.export import (
     About,
     base_of,
@@ -45,12 +50,14 @@ from fedlora.study.export import (
     load,
     merged,
     named,
+    rebuilt,
     recipe,
     revived,
     save,
 )
 from fedlora.study.export import settings as run_settings
 from fedlora.study.predict import Prediction, _prompts, predict, scores, stacked
+from fedlora.study.run import run
 
 WIDTH = 16
 SITES = [f"bert.encoder.layer.{i}.attention.self.{name}" for i in range(2) for name in ("query", "value")]
@@ -527,3 +534,50 @@ def test_image_files_are_classified(tmp_path) -> None:
     torch.testing.assert_close(torch.tensor([list(answer.probabilities.values())]), wanted, rtol=1e-5, atol=1e-5)
     with pytest.raises(UserError, match="no image file"):
         predict(tmp_path / "a", ["absent.png"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
+def test_every_algorithm_s_result_loads_in_peft(algorithm: str, encoder, tmp_path) -> None:
+    """What a run writes, read back or loaded by the lines of its card, gives the logits of what the run deploys."""
+    rows = [
+        {"text": " ".join(WORDS[(i * k + j) % 17] for j in range(4)), "label": LABELS[i % 3]}
+        for k in range(1, 4)
+        for i in range(20)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "model": {"name": str(encoder), "task": "text-classification", "dtype": "float32"},
+        "adapter": {"rank": 4},
+        "data": {"train": str(tmp_path / "rows.jsonl"), "text": "text", "label": "label", "partition": {"clients": 3}},
+        "algorithm": {"name": algorithm},
+        "training": {"rounds": 2, "lr": 0.05, "eval_every": 0},
+    }
+    folder = run(config, out=tmp_path / "run").folder
+    experiment = assemble(load_config(folder / "config.toml"), folder)
+    checkpoint = checkpoints.latest(folder / "checkpoints")
+    assert checkpoint is not None
+    deployed_models = {c.id: next(iter(of_client(experiment, checkpoint, c).values())) for c in experiment.judged}
+    judge = experiment.algorithm.server_model(checkpoint["state"])
+    wanted: dict[str | None, Model] = {**deployed_models, **({} if judge is None else {None: judge})}
+    inputs = tokenizer()(TEXTS, padding=True, return_tensors="pt")
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    start = heads(experiment.spec, 0)
+    untrained = outputs_of(experiment.backbone, Model(start), inputs)
+    for client, model in wanted.items():
+        place = deployed(folder, client)
+        ours = outputs_of(experiment.backbone, dataclasses.replace(model, params={**start, **model.params}), inputs)
+        again, about = load(place)
+        torch.testing.assert_close(outputs_of(rebuilt(about), again, inputs), ours, rtol=0, atol=1e-5)
+        assert (ours - untrained).abs().max() > 0.01
+        assert (place / "adapter_config.json").exists() == (not not_plain(model))
+        if not not_plain(model):
+            code = (place / "README.md").read_text().split("```python\n")[1].split("```")[0]
+            names: dict = {}
+            exec(code.replace("THIS_FOLDER", str(place)), names)
+            with torch.no_grad():
+                assert (ours - names["model"](**inputs).logits).abs().max() <= 1e-5
+
+
+def outputs_of(backbone, model: Model, inputs) -> Tensor:
+    return scores(stacked(backbone, model), model, inputs)
