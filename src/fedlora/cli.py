@@ -171,10 +171,10 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     except Interrupted as stop:
-        Console(stderr=True).print(f"\n{stop}", markup=False, highlight=False)
+        Console(stderr=True).print(f"\n{stop}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(130)
 
 
