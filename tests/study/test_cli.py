@@ -27,7 +27,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on a user's own JSONL."""
     folder = tmp_path_factory.mktemp("user")
     file = tiny.run_file(
-        folder, training="rounds = 3\nepochs = 4\nbatch_size = 4\n", data='partition = {by = "column", column = "hospital"}\nholdout_clients = 1\n'
+        folder,
+        training="rounds = 3\nepochs = 4\nbatch_size = 4\n",
+        data='partition = {by = "column", column = "hospital"}\nholdout_clients = 1\n',
     )
     out = folder / "run"
     assert "wrote" in fedlora("run", file, "--out", out)
@@ -183,3 +185,12 @@ def test_a_language_model_runs_exports_and_predicts(tmp_path: Path) -> None:
     assert summary["personal"]["mean"] < lines[0]["personal"]["mean"]
     assert any(name.startswith("truncation/") for name in lines[-1]["measures"])
     fedlora("predict", tmp_path / "run", "--client", "0", "--text", "the old")
+
+
+def test_a_bucket_has_the_smallest_clients_rank(tmp_path: Path) -> None:
+    file = tiny.run_file(
+        tmp_path, training="rounds = 1\n", clients="ranks = [2, 4]\n", data="partition = {clients = 3}\n"
+    )
+    fedlora("run", file, "--set", "algorithm.merge=bucket", "--out", tmp_path / "run")
+    described = json.loads((tmp_path / "run" / "adapters" / "clients" / "1" / "adapter_config.json").read_text())
+    assert described["r"] == 2

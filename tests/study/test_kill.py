@@ -54,7 +54,8 @@ def results(run: Path) -> dict[str, Any]:
     """Every file of every adapter, the scores, and which rounds the metrics tell of."""
     summary = json.loads((run / "summary.json").read_text())
     adapters = {
-        path.relative_to(run).as_posix(): path.read_bytes() for path in sorted((run / "adapters").rglob("*.safetensors"))
+        path.relative_to(run).as_posix(): path.read_bytes()
+        for path in sorted((run / "adapters").rglob("*.safetensors"))
     }
     rounds = [json.loads(line)["round"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     keys = ("personal", "global", "bytes", "data_hash", "rounds")

@@ -91,6 +91,13 @@ def overlaid(training: Training, stated: TrainingSettings) -> Training:
     return dataclasses.replace(training, optimizer=optimizer, **length, **rest)
 
 
+def settled(algorithm: Algorithm[Any, Any, Any], smallest: int) -> Algorithm[Any, Any, Any]:
+    """With what follows from the clients filled in: a bucket has the smallest client's rank."""
+    if getattr(algorithm, "merge", None) == "bucket" and getattr(algorithm, "bucket_rank", 0) is None:
+        return dataclasses.replace(algorithm, bucket_rank=smallest)  # type: ignore[type-var]
+    return algorithm
+
+
 def stated(config: RunConfig, algorithm: Algorithm[Any, Any, Any]) -> RunConfig:
     """The configuration with every default of the algorithm written out."""
     training: Training | None = getattr(algorithm, "training", None)

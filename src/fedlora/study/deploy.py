@@ -37,7 +37,8 @@ def write_adapters(experiment: Experiment, checkpoint: Mapping[str, Any], summar
         scores = summary["global"] or {}
         write(experiment, adapters / export.GLOBAL, judge, None, scores.get("score"))
     wanted = experiment.config.output.client_adapters
-    count = {"all": len(experiment.judged), "none": 0, None: min(len(experiment.judged), MOST)}.get(wanted, wanted)
+    named = {"all": len(experiment.judged), "none": 0, None: MOST}
+    count = wanted if isinstance(wanted, int) else named[wanted]
     for client in experiment.judged[:count]:
         models = deployed(experiment, checkpoint, client)
         place = adapters / export.CLIENTS / quoted(client.id)

@@ -130,6 +130,7 @@ def assemble(
         profiles = ranks(config.clients.ranks or config.adapter.rank, list(population.clients), config.seed)
         by_site = {name: _per_site(profile, backbone) for name, profile in profiles.items()}
         largest = {site: max(own[site] for own in by_site.values()) for site in backbone.sites}
+        algorithm = algorithms.settled(algorithm, min(min(own.attention, own.mlp) for own in profiles.values()))
     else:
         by_site = {name: dict(largest) for name in population.clients}
     top = max(largest.values(), default=1)
