@@ -49,6 +49,8 @@ def write_adapters(experiment: Experiment, checkpoint: Mapping[str, Any], summar
 
 def write(experiment: Experiment, folder: Any, model: Model, client: str | None, score: float | None) -> None:
     """One deployed model as a folder."""
+    own = experiment.config.data.label_space == "client" and client is not None
+    counts = experiment.learner.facts(client)[1] if own and client is not None else {}
     about = export.About(
         export.settings(experiment.config),
         experiment.population.labels,
@@ -56,6 +58,7 @@ def write(experiment: Experiment, folder: Any, model: Model, client: str | None,
         client,
         {} if score is None else {experiment.metric.name: score},
         export.recipe(experiment.backbone),
+        tuple(label for label, count in counts.items() if count),
     )
     start = export.heads(experiment.spec, experiment.config.seed)
     export.save(folder, model, export.base_of(experiment.backbone), about, start)

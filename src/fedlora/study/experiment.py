@@ -34,7 +34,6 @@ from fedlora.study.tasks import task_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 POOLED = "(all data pooled)"
-EVERYONE = "(everyone's test data)"
 LANES, TOKENS = 8, 2048
 
 
@@ -126,29 +125,20 @@ def assemble(
     )
     task = task_of(config, population, backbone)
     examples = task.encode(population.table, backbone.processor)
-    if largest is None:
-        profiles = ranks(config.clients.ranks or config.adapter.rank, list(population.clients), config.seed)
-        by_site = {name: _per_site(profile, backbone) for name, profile in profiles.items()}
-        largest = {site: max(own[site] for own in by_site.values()) for site in backbone.sites}
-        algorithm = algorithms.settled(algorithm, min(min(own.attention, own.mlp) for own in profiles.values()))
-    else:
-        by_site = {name: dict(largest) for name in population.clients}
-    top = max(largest.values(), default=1)
-    spec = backbone.spec(largest, config.adapter.alpha or 2.0 * top, config.adapter.scaling, extras)
+    by_site = (
+        dict.fromkeys(population.clients, largest) if largest is not None else _ranks(config, population, backbone)
+    )
+    most = {site: max(own[site] for own in by_site.values()) for site in backbone.sites}
+    algorithm = algorithms.settled(algorithm, min(min(own.values(), default=1) for own in by_site.values()))
+    alpha = config.adapter.alpha or 2.0 * max(most.values(), default=1)
+    wide = torch.float64 if config.model.dtype == "float64" else torch.float32
+    spec = backbone.spec(most, alpha, config.adapter.scaling, extras, wide)
     if config.adapter.start:
         spec = _started(spec, config, algorithm, backbone, by_site)
     config = _resolved(config, algorithm, population, backbone, task, examples, spec)
     backbone.to(DTYPES[config.model.dtype])
-    members = {
-        name: Client(name, by_site[name], examples=len(population.train(name)) or None) for name in population.clients
-    }
-    splits: dict[str, Mapping[str, np.ndarray]] = dict(population.clients)
-    strangers = set(population.unseen)
-    if not algorithm.federated:
-        splits[POOLED] = _pooled(population)
-        strangers |= set(members)
-        size = sum(len(splits[POOLED][part]) for part in ("fit", "holdout"))
-        members[POOLED] = Client(POOLED, largest, examples=size)
+    lanes = int(config.engine.lanes)
+    members, splits, strangers = _members(algorithm, population, examples, by_site, most)
     learner = Learner(
         {"base": backbone},
         task,
@@ -156,23 +146,60 @@ def assemble(
         splits,
         spec,
         config.seed,
-        lanes=int(config.engine.lanes),
+        lanes=lanes,
         tokens=int(config.engine.tokens),
         own_labels=config.data.label_space == "client",
         dropout=config.adapter.dropout,
     )
+
+    def store(client: str) -> DiskMemory:
+        return DiskMemory(folder / "memories", client)
+
     fleet = Simulator(
-        algorithm,
-        spec,
-        learner,
-        members,
-        learner.facts,
-        config.seed,
-        lanes=int(config.engine.lanes),
-        store=lambda client: DiskMemory(folder / "memories", client),
-        strangers=frozenset(strangers),
+        algorithm, spec, learner, members, learner.facts, config.seed, lanes, store, strangers=frozenset(strangers)
     )
     return Experiment(config, folder, population, backbone, task, examples, spec, algorithm, learner, fleet)
+
+
+def _ranks(config: RunConfig, population: Population, backbone: Backbone) -> dict[str, Mapping[str, int]]:
+    """Every client's rank at every site, at most the site's smaller side; clients of one profile share a table."""
+    profiles = ranks(config.clients.ranks or config.adapter.rank, list(population.clients), config.seed)
+    sizes = {site: min(layer.out_features, layer.in_features) for site, layer in backbone.sites.items()}
+
+    def table(profile: RankProfile) -> dict[str, int]:
+        return {s: min(profile.attention if _attention(s) else profile.mlp, size) for s, size in sizes.items()}
+
+    tables = {profile: table(profile) for profile in set(profiles.values())}
+    return {name: tables[profile] for name, profile in profiles.items()}
+
+
+def _attention(site: str) -> bool:
+    return any(word in site.lower() for word in ("attn", "attention"))
+
+
+def _members(
+    algorithm: Algorithm[Any, Any, Any],
+    population: Population,
+    examples: Examples,
+    by_site: Mapping[str, Mapping[str, int]],
+    most: Mapping[str, int],
+) -> tuple[dict[str, Client], Mapping[str, Mapping[str, np.ndarray]], set[str]]:
+    """Clients by id, their rows, and those that never train. What is no federation trains one client that owns
+    everybody's rows; the others are only scored.
+
+    A client's registered examples are its training units (windows of long texts): what its updates may weigh.
+    """
+
+    def client(name: str, own: Mapping[str, int], rows: np.ndarray) -> Client:
+        return Client(name, own, examples=len(examples.units(rows)) or None)
+
+    members = {name: client(name, by_site[name], population.train(name)) for name in population.clients}
+    if algorithm.federated:
+        return members, population.clients, set(population.unseen)
+    seen = [population.clients[name] for name in population.seen]
+    pooled = {part: np.concatenate([rows[part] for rows in seen]) for part in ("fit", "holdout", "test")}
+    whole = client(POOLED, most, np.concatenate([pooled["fit"], pooled["holdout"]]))
+    return {**members, POOLED: whole}, {**population.clients, POOLED: pooled}, set(members)
 
 
 def _device(name: str) -> str:
@@ -183,22 +210,6 @@ def _device(name: str) -> str:
     except RuntimeError as error:
         raise UserError(f"[engine] device = {name!r}: {error}", 'use "auto", "cpu" or "cuda"') from None
     return name
-
-
-def _per_site(profile: RankProfile, backbone: Backbone) -> dict[str, int]:
-    """A client's rank at every site, no more than its smaller side."""
-    sizes = {site: min(layer.out_features, layer.in_features) for site, layer in backbone.sites.items()}
-    return {site: min(profile.attention if _attention(site) else profile.mlp, size) for site, size in sizes.items()}
-
-
-def _attention(site: str) -> bool:
-    return any(word in site.lower() for word in ("attn", "attention"))
-
-
-def _pooled(population: Population) -> dict[str, np.ndarray]:
-    """Everybody's training rows as one client's, and all test rows."""
-    seen = [population.clients[name] for name in population.seen]
-    return {part: np.concatenate([rows[part] for rows in seen]) for part in ("fit", "holdout", "test")}
 
 
 def _started(
