@@ -90,44 +90,49 @@ class _LowRank(torch.autograd.Function):
         scale: tuple[float, ...],
         segments: tuple[Segment, ...],
     ) -> Tensor:
-        work = x.dtype
+        kept = a.dtype  # float32 also where the base computes in bfloat16: gradients come back in it
+        a, b, c = _cast(a, x), _cast(b, x), None if c is None else _cast(c, x)
         out = y.clone(memory_format=torch.contiguous_format)
         inner: list[Tensor] = []
         for lane, start, stop in segments:
-            part = x[start:stop].flatten(0, -2)
-            u = part @ a[lane].to(work).T
-            v = u if c is None else u @ c[lane].to(work).T
-            out[start:stop].flatten(0, -2).add_(v @ b[lane].to(work).T, alpha=scale[lane])
+            u = x[start:stop].flatten(0, -2) @ a[lane].T
+            v = u if c is None else u @ c[lane].T
+            into = out[start:stop].flatten(0, -2)
+            if into.dtype == v.dtype:
+                into.addmm_(v, b[lane].T, alpha=scale[lane])
+            else:
+                into.add_(v @ b[lane].T, alpha=scale[lane])
             inner.append(u)
         ctx.save_for_backward(x, a, b, c, *inner)
-        ctx.scale, ctx.segments = scale, segments
+        ctx.scale, ctx.segments, ctx.kept = scale, segments, kept
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad = grads[0]
         x, a, b, c, *inner = ctx.saved_tensors
-        work = x.dtype
-        gx = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
-        wanted = ctx.needs_input_grad[2:5]
-        ga, gb, gc = (
-            torch.zeros_like(value) if need and value is not None else None for value, need in zip((a, b, c), wanted)
-        )
+        need_x, need_a, need_b, need_c = ctx.needs_input_grad[1:5]
+        grad = _cast(grads[0], x)
+        gx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
+        ga, gb = (torch.zeros_like(v, dtype=ctx.kept) if need else None for v, need in ((a, need_a), (b, need_b)))
+        gc = torch.zeros_like(c, dtype=ctx.kept) if need_c else None
         for (lane, start, stop), u in zip(ctx.segments, inner):
-            core = None if c is None else c[lane].to(work)
-            g = grad[start:stop].flatten(0, -2).to(work) * ctx.scale[lane]
-            dv = g @ b[lane].to(work)
-            du = dv if core is None else dv @ core
+            g, scale = grad[start:stop].flatten(0, -2), ctx.scale[lane]
+            dv = (g @ b[lane]).mul_(scale)
+            du = dv if c is None else dv @ c[lane]
             if gb is not None:
-                gb[lane] = g.T @ (u if core is None else u @ core.T)
+                gb[lane] = (g.T @ (u if c is None else u @ c[lane].T)).mul_(scale)
             if gc is not None:
                 gc[lane] = dv.T @ u
             if ga is not None:
                 ga[lane] = du.T @ x[start:stop].flatten(0, -2)
             if gx is not None:
-                torch.mm(du, a[lane].to(work), out=gx[start:stop].flatten(0, -2))
-        return grad, gx, ga, gb, gc, None, None
+                torch.mm(du, a[lane], out=gx[start:stop].flatten(0, -2))
+        return grads[0], gx, ga, gb, gc, None, None
+
+
+def _cast(value: Tensor, like: Tensor) -> Tensor:
+    return value.to(like.dtype)
 
 
 class LaneLinear(nn.Module):

@@ -64,7 +64,7 @@ class Backbone:
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Backbone:
         """Moves the base in place. The head's own values stay as loaded."""
-        self.module.to(device=device, dtype=dtype)
+        _move(self.module, dtype, device)
         return self
 
     # -- one pass
@@ -256,7 +256,7 @@ def load_backbone(
             module, fits = _load(folder, source, kind, labels, pooling, projection)
             processor = _processor(folder, kind) if processor is None else processor
     _settle_padding(module, processor)
-    module = nn.Module.to(module, device=device, dtype=dtype)
+    _move(module, dtype, device)
     head, path = None, ""
     if kind != "causal-lm":
         path, found = _find_head(module, len(labels))
@@ -376,9 +376,24 @@ def _processor(folder: str, kind: Kind) -> Any:
 
         return load_processor(folder)
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: no tokenizer beside the model ({error})", "save the tokenizer there") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what the library makes of a folder without one
+        raise UserError(f"{folder}: no tokenizer beside the model", "save the tokenizer there")
+    return tokenizer
+
+
+def _move(module: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
+    """Parameters take the type; buffers are never narrowed (rotary frequencies in bfloat16 blur long positions)."""
+    module.to(device=device)
+    if dtype is not None:
+        for value in module.parameters():
+            value.data = value.data.to(dtype) if value.is_floating_point() else value.data
+        for layer in module.modules():
+            for name, value in layer._buffers.items():
+                if value is not None and value.is_floating_point():
+                    layer._buffers[name] = value.to(torch.promote_types(value.dtype, dtype))
 
 
 def _settle_padding(module: nn.Module, tokenizer: Any) -> None:

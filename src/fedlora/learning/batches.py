@@ -12,6 +12,9 @@ from torch import Tensor
 
 from fedlora.adapters.lora import Segment
 
+SLACK = 64
+"""Padding tokens that cost less than another pass."""
+
 
 @dataclass(frozen=True, eq=False)
 class Group:
@@ -27,10 +30,10 @@ class Group:
 
 
 def cut(work: Mapping[int, np.ndarray], lengths: np.ndarray, budget: int) -> Iterator[Group]:
-    """``work``: the units of each lane. A group ends where padding would pass 1.5 times its shortest sequence, or its
-    tokens the budget.
+    """``work``: the units of each lane. A group ends where its tokens would pass the budget, or its padding a fifth of
+    them and more than a pass of its own would cost.
 
-    >>> lengths = np.array([10, 11, 40, 12])
+    >>> lengths = np.array([10, 11, 50, 12])
     >>> for g in cut({0: np.array([0, 2]), 1: np.array([3, 1])}, lengths, 99):
     ...     print(g.lanes, g.units, g.segments)
     [0 1 1] [0 3 1] ((0, 0, 1), (1, 1, 3))
@@ -40,17 +43,18 @@ def cut(work: Mapping[int, np.ndarray], lengths: np.ndarray, budget: int) -> Ite
     places = np.concatenate([np.arange(len(units)) for units in work.values()])
     units = np.concatenate(list(work.values()))
     order = np.lexsort((places, lanes, lengths[units]))
-    start = 0
-    sizes = lengths[units][order]
+    sizes = lengths[units][order].tolist()
+    start, real = 0, sizes[0] if sizes else 0
     for i in range(1, len(order) + 1):
         if i < len(order):
-            shortest, length = sizes[start], sizes[i]
-            if length <= max(1.5 * shortest, shortest + 8) and (i + 1 - start) * length <= budget:
+            tokens = (i + 1 - start) * sizes[i]
+            if tokens <= budget and tokens - real - sizes[i] <= max(SLACK, tokens // 5):
+                real += sizes[i]
                 continue
         picked = order[start:i]
         picked = picked[np.lexsort((places[picked], lanes[picked]))]
         yield Group(lanes[picked], places[picked], units[picked], segments(lanes[picked]))
-        start = i
+        start, real = i, sizes[i] if i < len(order) else 0
 
 
 def segments(lanes: np.ndarray) -> tuple[Segment, ...]:

@@ -26,7 +26,7 @@ from fedlora.learning.optim import chosen
 Splits = Mapping[str, np.ndarray]
 """Rows of the table by "fit", "holdout" and "test"."""
 SCORING = 4
-"""A pass without gradients holds this many times the tokens of one with them."""
+"""A pass without gradients holds this many times the tokens of one with them (not where each token has logits)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,7 +221,7 @@ class Learner:
         results = [{name: (pair[0], pair[1]) for name, pair in sums.items()} for sums in totals]
         if isinstance(self.task, CausalLM) and self.task.generate:
             work = {lane: ready.units for lane, ready in enumerate(taken) if len(ready.units)}
-            given = answers(stack, store, work, self.task.generate, self.tokens * SCORING)
+            given = answers(stack, store, work, self.task.generate, self.tokens)
             for lane, units in work.items():
                 results[lane] |= answer_scores(given[lane], store, units, stack.backbone.processor)
         return [(ready.ticket, sums) for ready, sums in zip(taken, results)]
@@ -253,7 +253,7 @@ class Learner:
         masks = [self.label_mask(r.job.client) for r in taken]
         store = self.store(taken[0].models["model"].model.backbone)
         if work:
-            for group in cut(work, store.lengths, self.tokens * SCORING):
+            for group in cut(work, store.lengths, self.tokens * (1 if stack.backbone.kind == "causal-lm" else SCORING)):
                 inputs, labels = self.batch(stack.backbone, taken[0].models["model"].model.backbone, group)
                 yield group, stack.outputs(inputs, group.segments, masks), labels
 

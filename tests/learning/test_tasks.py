@@ -1,0 +1,311 @@
+"""Tasks: from a user's table to tokens, batches and scores."""
+
+from __future__ import annotations
+
+import math
+
+import datasets
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from torch.nn import functional
+
+from fedlora.errors import UserError
+from fedlora.federation.orders import Features, Fit, Model, Score
+from fedlora.learning.backbone import load_backbone
+from fedlora.learning.images import Pixels
+from fedlora.learning.language import exact_match, rendered, rouge_l
+from fedlora.learning.learner import Learner
+from fedlora.learning.tasks import CausalLM, ImageClassification, TextClassification
+from learning.worlds import adapter, run, seeded
+
+TEXTS = [
+    "Ein Straßencafé in 東京: naïve façade.\n\tdef f(x): return x ** 2",
+    "",
+    "short",
+    "the quick brown fox jumps over the lazy dog " * 9,
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A byte-level BPE with a few merges, as GPT-2's."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(TEXTS, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=10_000
+    )
+
+
+def unit(store, i: int) -> list[int]:
+    return store.tokens[store.offsets[i] : store.offsets[i + 1]].tolist()
+
+
+# -- text classification
+
+
+def test_texts_and_labels(tokenizer):
+    table = datasets.Dataset.from_dict({"body": TEXTS, "kind": ["b", "a", "b", "b"]})
+    task = TextClassification(("a", "b"), text="body", label="kind", max_length=12)
+    store = task.encode(table, tokenizer)
+    for i, text in enumerate(TEXTS):
+        assert unit(store, i) == tokenizer(text)["input_ids"][:12]
+    assert store.labels.tolist() == [1, 0, 1, 1]
+    inputs, labels = task.collate(store, np.array([2, 3]))
+    assert inputs["input_ids"].shape == (2, 12)
+    assert inputs["attention_mask"].sum(1).tolist() == [len(unit(store, 2)), 12]
+    assert (inputs["input_ids"][0, len(unit(store, 2)) :] == tokenizer.pad_token_id).all()
+    assert labels.tolist() == [1, 1]
+
+
+def test_a_thousand_and_one_rows_are_tokenised_in_slices(tokenizer):
+    table = datasets.Dataset.from_dict({"text": [f"number {i}" for i in range(1001)], "label": ["x"] * 1001})
+    store = TextClassification(("x",)).encode(table, tokenizer)
+    assert unit(store, 1000) == tokenizer("number 1000")["input_ids"]
+    assert len(store) == 1001
+
+
+def test_pairs_keep_their_segments():
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[CLS]": 0, "[SEP]": 1, "a": 2, "b": 3, "[PAD]": 4}, "a"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 1), ("[CLS]", 0))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]")
+    fast.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    table = datasets.Dataset.from_dict({"p": ["a a", "b"], "q": ["b", "a b b"], "label": ["x", "x"]})
+    task = TextClassification(("x",), text=("p", "q"))
+    inputs, _ = task.collate(task.encode(table, fast), np.array([0, 1]))
+    assert inputs["input_ids"].tolist() == [[0, 2, 2, 1, 3, 1, 4], [0, 3, 1, 2, 3, 3, 1]]
+    assert inputs["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1, 1]]
+
+
+def test_class_label_columns_speak_names_and_unknown_labels_are_errors(tokenizer):
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    table = datasets.Dataset.from_dict({"text": ["u", "v"], "label": [1, 0]}, features=features)
+    assert TextClassification(("yes", "no")).encode(table, tokenizer).labels.tolist() == [0, 1]
+    with pytest.raises(UserError, match="row 1, column 'label': label 'no'"):
+        TextClassification(("yes",)).encode(table, tokenizer)
+    with pytest.raises(UserError, match=r"column 'txt' does not exist\n.*text, label"):
+        TextClassification(("yes",), text="txt").encode(table, tokenizer)
+
+
+# -- language
+
+
+def test_every_token_of_a_long_text_is_predicted_once_and_bytes_add_up(tokenizer):
+    task = CausalLM(text="text", max_length=16)
+    store = task.encode(datasets.Dataset.from_dict({"text": TEXTS}), tokenizer)
+    for row, text in enumerate(TEXTS):
+        windows = store.units(np.array([row]))
+        predicted: list[int] = []
+        for i in windows:
+            ids = unit(store, i)
+            assert ids[0] == tokenizer.bos_token_id
+            assert len(ids) <= 16
+            _, labels = task.collate(store, np.array([i]))
+            predicted += labels[0][labels[0] != -100].tolist()
+        assert predicted == tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert store.bytes[windows].sum() == len(text.encode())
+    assert len(store.units(np.array([1]))) == 0
+    assert len(store.units(np.array([3]))) > 3
+    assert store.units(np.array([3, 0])).tolist() == [*store.units(np.array([3])), *store.units(np.array([0]))]
+
+
+def test_only_the_answer_is_predicted(tokenizer):
+    task = CausalLM(max_length=64)
+    table = datasets.Dataset.from_dict({"prompt": ["What is é?"], "response": ["A letter: é."]})
+    store = task.encode(table, tokenizer)
+    answer = tokenizer("A letter: é.", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    head = [tokenizer.bos_token_id, *tokenizer("What is é?\n", add_special_tokens=False)["input_ids"]]
+    assert unit(store, 0) == head + answer
+    _, labels = task.collate(store, np.array([0]))
+    assert labels[0].tolist() == [-100] * (len(head) - 1) + answer + [-100]
+    assert store.bytes.tolist() == [len("A letter: é.".encode())]
+    whole = CausalLM(max_length=64, whole=True)
+    _, labels = whole.collate(whole.encode(table, tokenizer), np.array([0]))
+    assert labels[0].tolist() == [*(head + answer)[1:], -100]
+
+
+def test_long_prompts_lose_their_beginning_and_long_answers_their_end(tokenizer):
+    task = CausalLM(max_length=20)
+    table = datasets.Dataset.from_dict({"prompt": [TEXTS[3], "p"], "response": ["an answer", "0123456789" * 9]})
+    store = task.encode(table, tokenizer)
+    ends = [tokenizer(f"{p}\n", add_special_tokens=False)["input_ids"] for p in (TEXTS[3], "p")]
+    answers = [tokenizer(r, add_special_tokens=False)["input_ids"] for r in ("an answer", "0123456789" * 9)]
+    kept = 19 - len(answers[0]) - 1
+    assert unit(store, 0) == [tokenizer.bos_token_id, *ends[0][-kept:], *answers[0], tokenizer.eos_token_id]
+    assert unit(store, 1) == [tokenizer.bos_token_id, *ends[1], *answers[1][: 19 - len(ends[1])]]
+    assert store.bytes.tolist() == [9, len(tokenizer.decode(answers[1][: 19 - len(ends[1])]))]
+
+
+def test_the_chat_template_is_used_where_there_is_one(tokenizer):
+    plain = rendered(tokenizer, "ask", "tell")
+    assert plain == ("ask\n", "tell", "</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    try:
+        assert rendered(tokenizer, "ask", "tell") == ("<user>ask<end><assistant>", "tell", "<end>")
+        store = CausalLM().encode(datasets.Dataset.from_dict({"prompt": ["ask"], "response": ["tell"]}), tokenizer)
+        assert tokenizer.decode(unit(store, 0)) == "<user>ask<end><assistant>tell<end>"
+        assert tokenizer.decode(unit(store, 0)[: store.first[0]]) == "<user>ask<end><assistant>"
+    finally:
+        tokenizer.chat_template = None
+
+
+def tiny_lm(tokenizer):
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    module = seeded(lambda: transformers.LlamaForCausalLM(config))
+    return load_backbone(module, "causal-lm", dtype=torch.float64, processor=tokenizer)
+
+
+def test_bits_per_byte_are_those_of_the_bare_model(tokenizer):
+    base = tiny_lm(tokenizer)
+    task = CausalLM(text="text", max_length=16)
+    store = task.encode(datasets.Dataset.from_dict({"text": TEXTS}), tokenizer)
+    spec = base.spec(2, dtype=torch.float64)
+    splits = {"a": {"fit": np.array([2]), "test": np.array([0, 1, 3])}, "b": {"test": np.array([2])}}
+    found = run(Learner({"base": base}, task, store, splits, spec, 0, 2), {c: Score(Model({}), "test") for c in splits})
+    module = base.plain()
+    for client, rows in (("a", [0, 1, 3]), ("b", [2])):
+        nats, tokens = 0.0, 0
+        for i in store.units(np.array(rows)):
+            ids = torch.tensor([unit(store, i)])
+            with torch.no_grad():
+                logits = module(input_ids=ids).logits[0, :-1]
+            nats += float(functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+            tokens += ids.shape[1] - 1
+        size = sum(len(TEXTS[row].encode()) for row in rows)
+        assert found[client]["loss"] == (pytest.approx(nats), tokens)
+        assert found[client]["bits_per_byte"] == (pytest.approx(nats / math.log(2)), size)
+    assert task.metric == ("bits_per_byte", False)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_answers_are_generated_with_each_client_s_adapter(tokenizer, lanes):
+    base = tiny_lm(tokenizer)
+    task = CausalLM(generate=5)
+    table = datasets.Dataset.from_dict(
+        {"prompt": ["one", "two words here", "three"], "response": ["a b", "c", "d e f"]}
+    )
+    store = task.encode(table, tokenizer)
+    spec = base.spec(2, alpha=8.0, dtype=torch.float64)
+    rows = {"test": np.arange(3)}
+    executor = Learner({"base": base}, task, store, {"a": rows, "b": rows}, spec, 0, lanes)
+    models = {c: Model(adapter(spec, 2, seed=k)) for k, c in enumerate(("a", "b"))}
+    found = run(executor, {c: Score(model, "test") for c, model in models.items()})
+    for client, model in models.items():
+        module = base.plain()
+        for site in base.sites:
+            tree = model.params
+            module.get_submodule(site).weight.data += tree[f"{site}/scale"] * tree[f"{site}/B"] @ tree[f"{site}/A"]
+        total = 0.0
+        for i, reference in enumerate(table["response"]):
+            ids = unit(store, i)[: store.first[i]]
+            begin = len(ids)
+            for _ in range(5):  # greedily, one at a time, without a cache
+                with torch.no_grad():
+                    ids.append(int(module(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+                if ids[-1] == tokenizer.eos_token_id:
+                    break
+            total += rouge_l(tokenizer.decode(ids[begin:], skip_special_tokens=True), reference)
+        assert found[client]["rougeL"] == (pytest.approx(total), 3.0)
+        assert found[client]["exact_match"][1] == 3.0
+        assert "bits_per_byte" in found[client]
+    assert task.metric == ("rougeL", True)
+
+
+def test_text_scores():
+    assert exact_match(" The  Answer\n", "the answer") == 1.0
+    assert exact_match("the answer is", "the answer") == 0.0
+    assert rouge_l("a b c d", "a x c y z w") == pytest.approx(2 * (2 / 4) * (2 / 6) / (2 / 4 + 2 / 6))
+    assert rouge_l("", "word") == 0.0
+    assert rouge_l("d c b a", "a b c d") == pytest.approx(2 * 1 / 8)
+
+
+# -- images
+
+
+def pictures(count: int, size: tuple[int, int] = (8, 8), channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, *size, channels)).astype(np.uint8)
+
+
+def image_table(pixels, labels):
+    return datasets.Dataset.from_dict({"image": [p.tolist() for p in pixels], "label": labels})
+
+
+def test_images_are_normalised_in_the_batch():
+    pixels = pictures(3)
+    task = ImageClassification(("cat", "dog"))
+    wanted = Pixels((8, 8), 1 / 255, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    store = task.encode(image_table(pixels, ["dog", "cat", "dog"]), wanted)
+    assert store.pixels.dtype == np.uint8
+    inputs, labels = task.collate(store, np.array([2, 0]))
+    expected = (pixels[[2, 0]].transpose(0, 3, 1, 2) / 255 - np.array([0.5, 0.4, 0.3])[:, None, None]) / np.array(
+        [0.2, 0.3, 0.4]
+    )[:, None, None]
+    torch.testing.assert_close(inputs["pixel_values"], torch.from_numpy(expected).float())
+    assert labels.tolist() == [1, 1]
+
+
+def test_images_of_other_sizes_are_resized_like_the_library_does():
+    from PIL import Image
+
+    big = pictures(1, (17, 13))[0]
+    small = Pixels((8, 8), 1.0, (0.0,), (1.0,))(torch.from_numpy(big)[None])
+    reference = np.asarray(Image.fromarray(big).resize((8, 8), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert np.abs(small[0].numpy() - reference).max() < 2  # PIL rounds on the way
+    task = ImageClassification(("x",))
+    store = task.encode(image_table([big, pictures(1)[0]], ["x", "x"]), Pixels((8, 8)))
+    assert store.pixels.shape == (2, 8, 8, 3)
+    with pytest.raises(UserError, match="different sizes"):
+        task.encode(image_table([big, pictures(1)[0]], ["x", "x"]), None)
+
+
+def test_a_vision_model_trains_in_lanes():
+    config = transformers.ViTConfig(
+        image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
+    module = seeded(lambda: transformers.ViTModel(config, add_pooling_layer=False))
+    base = load_backbone(module, "image-classification", labels=("a", "b"), dtype=torch.float64)
+    task = ImageClassification(("a", "b"), pixels=Pixels((8, 8), 1 / 255, (0.5,), (0.5,)))
+    draws = np.random.default_rng(1).integers(0, 2, 30)
+    store = task.encode(image_table(pictures(30), ["ab"[k] for k in draws]), None)
+    splits = {
+        c: {"fit": np.arange(10 * k, 10 * k + 8), "test": np.arange(10 * k + 8, 10 * k + 10)}
+        for k, c in enumerate("uvw")
+    }
+    spec = base.spec(2, dtype=torch.float64)
+    results = []
+    for lanes in (1, 3):
+        executor = Learner({"base": base}, task, store, splits, spec, 0, lanes)
+        fits = {
+            c: Fit(Model(adapter(spec, 1 + k % 2, seed=k)), ("A", "B", "head"), 3, batch_size=3)
+            for k, c in enumerate("uvw")
+        }
+        tuned = run(executor, fits)
+        results.append((tuned, run(executor, {c: Features(Model(tuned[c].params), "test") for c in "uvw"})))
+    for client in "uvw":
+        for key, value in results[0][0][client].params.items():
+            torch.testing.assert_close(value, results[1][0][client].params[key], rtol=0, atol=1e-10)
+        torch.testing.assert_close(results[0][1][client][0], results[1][1][client][0], rtol=0, atol=1e-10)
+        plain = base.plain().encoder
+        pixels = task.collate(store, splits[client]["test"])[0]["pixel_values"].double()
+        for site in base.sites:
+            t, name = results[0][0][client].params, site.removeprefix("encoder.")
+            plain.get_submodule(name).weight.data += t[f"{site}/scale"] * t[f"{site}/B"] @ t[f"{site}/A"]
+        with torch.no_grad():
+            torch.testing.assert_close(plain(pixel_values=pixels).last_hidden_state[:, 0], results[0][1][client][0])
