@@ -15,11 +15,12 @@ from transformers import AutoModelForSequenceClassification
 from fedlora.errors import UserError
 from fedlora.federation.orders import Fit, Model
 from fedlora.federation.spec import Extras
-from fedlora.learning import backbone as module_under_test
-from fedlora.learning.backbone import load_backbone, minilm_folder
+from fedlora.learning import sources as module_under_test
+from fedlora.learning.backbone import load_backbone
 from fedlora.learning.fast import measure
 from fedlora.learning.images import load_processor
 from fedlora.learning.pooled import PooledClassifier
+from fedlora.learning.sources import minilm_folder
 from fedlora.learning.tasks import TextClassification
 from learning.worlds import LABELS, VOCAB, adapter, bert, distance, examples, gpt2, learner, llama, run, seeded, spec_of
 

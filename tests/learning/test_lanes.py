@@ -245,6 +245,14 @@ def test_proximal_term_pulls_to_the_anchor():
             torch.testing.assert_close(value, expected)
 
 
+def test_adapter_dropout_is_the_example_s_and_not_the_lane_s():
+    one, many = (run(e, orders(e.spec, SGD, epochs=1)) for e in (world("bert", n, dropout=0.3) for n in (1, 4)))
+    plain = run(world("bert", 1), orders(world("bert", 1).spec, SGD, epochs=1))
+    for client in CLIENTS:
+        assert distance(one[client].params, many[client].params) < 1e-10
+        assert distance(one[client].params, plain[client].params) > 1e-4
+
+
 def test_steps_epochs_and_empty_splits():
     executor = world("bert", 2)
     executor.splits["c0"]["holdout"] = np.zeros(0, dtype=np.int64)

