@@ -278,3 +278,62 @@ def test_measuring_runs_a_real_step():
         torch.float32,
         torch.bfloat16,
     )
+
+
+# -- architectures
+
+
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 24, "num_labels": 3}
+TEXTS = {"vocab_size": VOCAB, "pad_token_id": 0}
+
+
+def text_models() -> dict[str, nn.Module]:
+    t = transformers
+    gpt2 = {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 2, "num_labels": 3, "pad_token_id": 0}
+    distil = {"vocab_size": VOCAB, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "num_labels": 3}
+    llama = {**TEXTS, **SMALL, "num_key_value_heads": 1}
+    return {
+        "roberta": t.RobertaForSequenceClassification(t.RobertaConfig(**TEXTS, **SMALL, max_position_embeddings=40)),
+        "distilbert": t.DistilBertForSequenceClassification(t.DistilBertConfig(**distil)),
+        "llama": t.LlamaForSequenceClassification(t.LlamaConfig(**llama)),
+        "qwen2": t.Qwen2ForSequenceClassification(t.Qwen2Config(**llama)),
+        "gpt2": t.GPT2ForSequenceClassification(t.GPT2Config(**gpt2)),
+    }
+
+
+def image_models() -> dict[str, nn.Module]:
+    t = transformers
+    resnet = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3}
+    return {
+        "vit": t.ViTForImageClassification(t.ViTConfig(**SMALL, image_size=8, patch_size=4)),
+        "resnet": t.ResNetForImageClassification(t.ResNetConfig(**resnet)),
+        "clip": t.CLIPVisionModel(t.CLIPVisionConfig(**SMALL, image_size=8, patch_size=4)),
+    }
+
+
+@pytest.mark.parametrize("name", ["roberta", "distilbert", "llama", "qwen2", "gpt2"])
+def test_text_classifiers_say_what_they_said_through_their_own_head(name):
+    module = seeded(lambda: text_models()[name])
+    base = load_backbone(module, TEXT, labels=LABELS)
+    with torch.no_grad():
+        wanted = module(input_ids=IDS, attention_mask=MASK).logits
+    start = base.spec(2).start(0)
+    found = torch.nn.functional.linear(features(base), start["head/weight"], start.get("head/bias"))
+    torch.testing.assert_close(found, wanted)
+    assert base.sites
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet", "clip"])
+def test_image_classifiers_and_encoders(name):
+    module = seeded(lambda: image_models()[name])
+    base = load_backbone(module, "image-classification", labels=LABELS, adapt=name != "resnet")
+    pixels = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        found, _ = base.forward({"pixel_values": pixels})
+        start = base.spec(2).start(0)
+        if name == "clip":
+            wanted, found = module(pixel_values=pixels).pooler_output, found
+        else:
+            wanted = module(pixel_values=pixels).logits
+            found = torch.nn.functional.linear(found, start["head/weight"], start["head/bias"])
+    torch.testing.assert_close(found, wanted)

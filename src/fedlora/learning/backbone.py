@@ -35,7 +35,6 @@ from fedlora.learning.sources import (
     settle_padding,
 )
 
-
 __all__ = ["Backbone", "Kind", "load_backbone", "minilm_folder"]
 
 

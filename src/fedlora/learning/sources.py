@@ -20,7 +20,7 @@ from fedlora.learning.pooled import PooledClassifier, PooledConfig
 
 Kind = Literal["text-classification", "image-classification", "causal-lm"]
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-_HEAD_NAMES = ("head", "classifier.out_proj", "classifier", "score", "fc", "logits_proj")
+_HEAD_NAMES = ("head", "classifier.out_proj", "classifier.1", "classifier", "score", "fc")
 
 
 # -- sources
