@@ -149,7 +149,7 @@ def algorithms() -> None:
 
 @app.command()
 def quickstart(
-    out: Annotated[Path, typer.Option(help="where to write")] = Path("runs/quickstart"),
+    out: Annotated[Path | None, typer.Option(help="where to write (default: runs/quickstart)")] = None,
     seed: Annotated[int, typer.Option(help="the seed of split and training")] = 0,
 ) -> None:
     """A federation of code bases teaches a small language model, each keeping its sources to itself."""

@@ -80,7 +80,8 @@ class AlgorithmSettings(BaseModel):
 class TrainingSettings(Section):
     """``[training]``. None: the algorithm's own default. ``clients_per_round``: a count, or a share below 1; default
     everybody. ``loss_on``: the tokens of instruction data that are learnt. ``generate``: new tokens per answer when
-    scoring; above 0 adds exact match and Rouge-L. ``eval_every``: rounds between evaluations (0: only at the end)."""
+    scoring; above 0 adds exact match and Rouge-L. ``eval_every``: rounds between evaluations (0: only at the end).
+    ``eval_everyone``: score every client's deployed model on everybody's test data too, at the end."""
 
     rounds: int = Field(10, ge=0)
     clients_per_round: int | float | None = Field(None, gt=0)
@@ -98,6 +99,7 @@ class TrainingSettings(Section):
     generate: int = Field(0, ge=0)
     eval_every: int = Field(1, ge=0)
     eval_clients: int | None = Field(None, ge=1)
+    eval_everyone: bool = False
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSettings:

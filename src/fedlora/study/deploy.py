@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedlora.federation.algorithm import Request
+from fedlora.federation.client import Job
 from fedlora.federation.memory import quoted
-from fedlora.federation.orders import Model
+from fedlora.federation.orders import Model, Score
 from fedlora.federation.spec import Client
 from fedlora.study import export
-from fedlora.study.experiment import Experiment
+from fedlora.study.experiment import EVERYONE, Experiment
 
 MOST = 100
 """Clients' adapters that are written where the run file does not say."""
@@ -29,8 +30,13 @@ def deployed(experiment: Experiment, checkpoint: Mapping[str, Any], client: Clie
     return experiment.fleet.models(client.id, request)
 
 
-def write_adapters(experiment: Experiment, checkpoint: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
-    """``adapters/global`` where a global model exists, and ``adapters/clients/ID`` for as many as the run file says."""
+def write_adapters(
+    experiment: Experiment, checkpoint: Mapping[str, Any], summary: Mapping[str, Any]
+) -> dict[str, float | None]:
+    """``adapters/global`` where a global model exists, and ``adapters/clients/ID`` for as many as the run file says.
+
+    Returns each deployed model's score on everybody's test data, where the run file asks for it.
+    """
     adapters = experiment.folder / "adapters"
     judge = experiment.algorithm.server_model(checkpoint["state"])
     if judge is not None:
@@ -39,12 +45,20 @@ def write_adapters(experiment: Experiment, checkpoint: Mapping[str, Any], summar
     wanted = experiment.config.output.client_adapters
     named = {"all": len(experiment.judged), "none": 0, None: MOST}
     count = wanted if isinstance(wanted, int) else named[wanted]
-    for client in experiment.judged[:count]:
-        models = deployed(experiment, checkpoint, client)
-        place = adapters / export.CLIENTS / quoted(client.id)
-        write(
-            experiment, place, next(iter(models.values())), client.id, summary["personal"]["per_client"].get(client.id)
-        )
+    everyone = experiment.config.training.eval_everyone
+    general: dict[str, float | None] = {}
+    for position, client in enumerate(experiment.judged):
+        if position >= count and not everyone:
+            break
+        model = next(iter(deployed(experiment, checkpoint, client).values()))
+        if position < count:
+            place = adapters / export.CLIENTS / quoted(client.id)
+            write(experiment, place, model, client.id, summary["personal"]["per_client"].get(client.id))
+        if everyone:
+            general[client.id] = experiment.metric.of(
+                experiment.fleet.alone([Job(Score(model, "test"), 0, EVERYONE)])[0]
+            )
+    return general
 
 
 def write(experiment: Experiment, folder: Any, model: Model, client: str | None, score: float | None) -> None:

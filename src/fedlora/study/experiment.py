@@ -34,7 +34,10 @@ from fedlora.study.tasks import task_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 POOLED = "(all data pooled)"
+EVERYONE = "(everyone)"
+"""Whose test rows are everybody's."""
 LANES, TOKENS = 8, 2048
+NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,12 +197,13 @@ def _members(
         return Client(name, own, examples=len(examples.units(rows)) or None)
 
     members = {name: client(name, by_site[name], population.train(name)) for name in population.clients}
-    if algorithm.federated:
-        return members, population.clients, set(population.unseen)
     seen = [population.clients[name] for name in population.seen]
-    pooled = {part: np.concatenate([rows[part] for rows in seen]) for part in ("fit", "holdout", "test")}
-    whole = client(POOLED, most, np.concatenate([pooled["fit"], pooled["holdout"]]))
-    return {**members, POOLED: whole}, {**population.clients, POOLED: pooled}, set(members)
+    rows = {part: np.concatenate([own[part] for own in seen] or [NO_ROWS]) for part in ("fit", "holdout", "test")}
+    splits = {**population.clients, EVERYONE: {"test": rows["test"]}}
+    if algorithm.federated:
+        return members, splits, set(population.unseen)
+    whole = client(POOLED, most, np.concatenate([rows["fit"], rows["holdout"]]))
+    return {**members, POOLED: whole}, {**splits, POOLED: rows}, set(members)
 
 
 def _device(name: str) -> str:

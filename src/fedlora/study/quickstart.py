@@ -21,15 +21,14 @@ from rich.text import Text
 
 from fedlora.data.packages import HELD_OUT, available, sources
 from fedlora.errors import UserError
-from fedlora.study.folder import write_json
+from fedlora.study.folder import fresh, write_json
 from fedlora.study.report import megabytes, number
 
 if TYPE_CHECKING:
     from fedlora.study.run import Result
 
-CLIENTS = 16
-TRAIN_BYTES, HELD_BYTES = 32_000, 6_000
-RANKS = (4, 8, 16)
+CLIENTS = 12
+TRAIN_BYTES, HELD_BYTES = 24_000, 5_000
 SPLITS = ("test", "validation", "train")
 
 RUN_FILE = """\
@@ -39,6 +38,7 @@ seed = {seed}
 [model]
 name = "embedded-lm"          # a hub id or a folder of your own model
 task = "causal-lm"
+dtype = "{dtype}"
 
 [data]
 train = "data/train.jsonl"    # your own file: one JSON object a line
@@ -60,6 +60,7 @@ name = "{algorithm}"
 rounds = {rounds}
 {training}
 eval_every = {every}                # at the start and at the end
+eval_everyone = {everyone}
 
 [output]
 client_adapters = "all"
@@ -87,32 +88,36 @@ class Plan:
     rounds: int
     training: str
     parameters: str = ""
+    everyone: bool = True
 
 
 PLANS = (
     Plan("alone", "local", 3, "epochs = 1\nbatch_size = 8\nlr = 0.003"),
     Plan("flexlora", "flexlora", 6, "epochs = 1\nbatch_size = 8\nlr = 0.003", "finetune_epochs = 1\n"),
-    Plan("pooled", "pooled", 4, "epochs = 1\nbatch_size = 16\nlr = 0.003"),
+    Plan("pooled", "pooled", 4, "epochs = 1\nbatch_size = 16\nlr = 0.003", everyone=False),
 )
 
 
-def quickstart(out: Path, *, seed: int = 0, console: Console | None = None, plans: Sequence[Plan] = PLANS) -> Group:
-    """Writes data and run files, runs them, and prints one table; everything lands in ``out``."""
+def quickstart(
+    out: Path | None = None, *, seed: int = 0, console: Console | None = None, plans: Sequence[Plan] = PLANS
+) -> Group:
+    """Writes data and run files, runs them, and prints one table; all lands in ``out`` (default: runs/quickstart...)."""
     from fedlora.study.config import load
     from fedlora.study.run import run
 
     console = console or Console()
     start = time.perf_counter()
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {out}: exists and is not empty", "remove it or choose another --out")
+    out = fresh(out, "quickstart")
     names = write_data(out / "data", seed)
     console.print(f"{len(names)} clients, each one code base: {', '.join(names)}")
     results: dict[str, Result] = {}
+    dtype = "auto"
     for plan in plans:
         file = out / f"{plan.file}.toml"
-        file.write_text(text_of(plan, seed, file))
+        file.write_text(text_of(plan, seed, file, dtype))
         console.print(f"fedlora run {file}", highlight=False)
         results[plan.file] = run(load(file), out=out / plan.file, progress=True)
+        dtype = load(out / plan.file / "config.toml").model.dtype  # measured once, the same for all
     rows = rows_of(results)
     shown = picture(rows, len(names), time.perf_counter() - start)
     console.print(shown)
@@ -125,11 +130,13 @@ def quickstart(out: Path, *, seed: int = 0, console: Console | None = None, plan
     return shown
 
 
-def text_of(plan: Plan, seed: int, file: Path) -> str:
+def text_of(plan: Plan, seed: int, file: Path, dtype: str) -> str:
     """The run file of a plan."""
     return RUN_FILE.format(
         file=file,
         seed=seed,
+        dtype=dtype,
+        everyone=str(plan.everyone).lower(),
         algorithm=plan.algorithm,
         parameters=plan.parameters,
         rounds=plan.rounds,
@@ -190,9 +197,9 @@ def rows_of(results: Mapping[str, Result]) -> list[Row]:
 
     return [
         row("base", begin["personal"]["variants"]["global"], begin["global"], 0),
-        row("each alone", alone["personal"], None, 0),
+        row("each alone", alone["personal"], alone["personal"]["on_everyone"]["mean"], 0),
         row("FlexLoRA", variants["global"], flex["global"]["score"], traffic),
-        row("FlexLoRA + one local epoch", variants["finetuned"], None, traffic),
+        row("FlexLoRA + one local epoch", variants["finetuned"], flex["personal"]["on_everyone"]["mean"], traffic),
         row("all data pooled (not federated)", pooled["personal"], pooled["global"]["score"], 0),
     ]
 

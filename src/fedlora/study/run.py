@@ -18,7 +18,7 @@ from fedlora.study.config import RunConfig, dumps, load, parse
 from fedlora.study.deploy import write_adapters
 from fedlora.study.experiment import Experiment, assemble
 from fedlora.study.progress import Progress
-from fedlora.study.summary import summarise
+from fedlora.study.summary import spread, summarise
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,9 @@ def _train(experiment: Experiment, saved: Mapping[str, Any] | None, progress: bo
         watched.say("scoring")
         summary = _summary(experiment, checkpoint)
         watched.say("writing adapters")
-        write_adapters(experiment, checkpoint, summary)
+        general = write_adapters(experiment, checkpoint, summary)
+        if general:
+            summary["personal"]["on_everyone"] = spread(general, experiment.metric)
     files.write_json(folder / "summary.json", summary)
     return Result(folder, summary, tuple(files.lines(folder / "metrics.jsonl")))
 
