@@ -101,7 +101,7 @@ PLANS = (
 def quickstart(
     out: Path | None = None, *, seed: int = 0, console: Console | None = None, plans: Sequence[Plan] = PLANS
 ) -> Group:
-    """Writes data and run files, runs them, and prints one table; all lands in ``out`` (default: runs/quickstart...)."""
+    """Writes data and run files, runs them, and prints one table; all lands in ``out``."""
     from fedlora.study.config import load
     from fedlora.study.run import run
 
