@@ -30,7 +30,7 @@ from learning.worlds import (
     splits,
 )
 
-CLIENTS = [f"c{k}" for k in range(6)]
+CLIENTS = [f"c{k}" for k in range(10)]
 ADAMW = Optimizer("adamw", 3e-3, weight_decay=0.01, clip=0.5, lrs=(("head", 1e-2),), no_decay=("head", "C"))
 SGD = Optimizer("sgd", 0.05, momentum=0.9, weight_decay=0.01, clip=0.5)
 
@@ -38,14 +38,14 @@ SGD = Optimizer("sgd", 0.05, momentum=0.9, weight_decay=0.01, clip=0.5)
 def world(kind: str, lanes: int, dtype: torch.dtype = torch.float64, **options: Any):
     base = backbone(kind, dtype)
     if kind != "bert":
-        options |= {"task": CausalLM(), "examples": examples(splits(6)[1], causal=True)}
-    return learner(base, lanes, **options)
+        options |= {"task": CausalLM(), "examples": examples(splits(len(CLIENTS))[1], causal=True)}
+    return learner(base, lanes, len(CLIENTS), **options)
 
 
 def orders(spec, optimizer: Optimizer, core: bool = False, epochs: int = 5) -> dict[str, Fit]:
-    """Three ranks, uneven counts (14 to 34 examples), one order a client."""
+    """Three ranks, uneven counts (14 to 50 examples), one order a client."""
     train = ("A", "B", *(("C",) if core else ()), *(("head",) if spec.labels else ()))
-    trees = [adapter(spec, RANKS[k % 3], seed=k, core=core) for k in range(6)]
+    trees = [adapter(spec, RANKS[k % 3], seed=k, core=core) for k in range(len(CLIENTS))]
     return {c: Fit(Model(t), train, epochs, batch_size=4, optimizer=optimizer) for c, t in zip(CLIENTS, trees)}
 
 
@@ -62,7 +62,7 @@ def orders(spec, optimizer: Optimizer, core: bool = False, epochs: int = 5) -> d
 )
 def test_lanes_equal_one_at_a_time(kind, optimizer, core):
     found = []
-    for lanes in (1, 4):  # six clients in four lanes: two are refilled
+    for lanes in (1, 8):  # ten clients in eight lanes: two are refilled
         executor = world(kind, lanes)
         given = orders(executor.spec, optimizer, core)
         tuned = run(executor, given)
