@@ -1,0 +1,52 @@
+"""The quickstart over three seeds: mean and spread of every row, as in the README.
+
+python benchmarks/quickstart.py [--seeds 0 1 2] [--out runs/quickstart-seeds]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+from fedlora.study.quickstart import quickstart
+
+COLUMNS = ("mean", "std", "worst_decile", "everyone")
+
+
+def table(runs: list[list[dict[str, float | None]]]) -> str:
+    """Markdown: each row's columns over the seeds, mean ± standard deviation of the seeds."""
+    lines = ["| | own files | spread over clients | worst tenth | everyone's | sent |", "|---|---|---|---|---|---|"]
+    for rows in zip(*runs, strict=True):
+        cells = []
+        for column in COLUMNS:
+            values = [row[column] for row in rows if row[column] is not None]
+            known = f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else "-"
+            cells.append(known)
+        sent = statistics.fmean(row["sent"] or 0 for row in rows)
+        lines.append(f"| {rows[0]['name']} | {' | '.join(cells)} | {f'{sent / 1e6:.1f} MB' if sent else '-'} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart-seeds"))
+    options = parser.parse_args()
+    runs, seconds = [], []
+    for seed in options.seeds:
+        start = time.perf_counter()
+        quickstart(options.out / str(seed), seed=seed)
+        seconds.append(time.perf_counter() - start)
+        runs.append(json.loads((options.out / str(seed) / "table.json").read_text())["rows"])
+    text = table(runs) + f"\n\nseeds {options.seeds}, seconds {[round(s) for s in seconds]}\n"
+    results = Path(__file__).parent / "results"
+    results.mkdir(exist_ok=True)
+    (results / "quickstart.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

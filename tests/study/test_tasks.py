@@ -1,0 +1,127 @@
+"""Whole runs of the other tasks and options: instructions, images, adapters to start from, label spaces, partitions."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import fedlora
+from fedlora.errors import UserError
+from fedlora.study.config import load
+from study import tiny
+
+
+def run(file: Path, out: Path, *changes: str) -> dict[str, Any]:
+    return dict(fedlora.run(load(file, changes), out=out).summary)
+
+
+def instructions(folder: Path) -> Path:
+    """The answer is the topic's first word: learnable, and not from the prompt's words alone."""
+    rng = random.Random(0)
+    with (folder / "ask.jsonl").open("w") as out:
+        for _ in range(90):
+            topic = rng.choice(sorted(tiny.TOPICS))
+            row = {"question": tiny.sentence(rng, topic) + " ?", "answer": tiny.TOPICS[topic][0]}
+            out.write(json.dumps(row) + "\n")
+    tiny.language_model(folder / "lm")
+    file = folder / "ask.toml"
+    file.write_text(
+        '[model]\nname = "lm"\ntask = "causal-lm"\ndtype = "float32"\n'
+        '[data]\ntrain = "ask.jsonl"\nprompt = "question"\nresponse = "answer"\npartition = {clients = 3}\n'
+        '[algorithm]\nname = "fedit"\n[training]\nrounds = 4\nepochs = 4\nbatch_size = 4\nlr = 0.02\n'
+    )
+    return file
+
+
+def test_instructions_are_scored_in_bits_and_by_generation(tmp_path: Path) -> None:
+    file = instructions(tmp_path)
+    bits = run(file, tmp_path / "bits", "training.eval_every=0")
+    assert bits["metric"] == "bits_per_byte"
+    words = run(file, tmp_path / "words", "training.eval_every=0", "training.generate=2")
+    assert words["metric"] == "rougeL"
+    assert words["higher_is_better"]
+    assert 0.3 < words["global"]["score"] <= 1  # of three answers, one in three by chance
+    assert words["global"]["bits_per_byte"] == pytest.approx(bits["global"]["score"], abs=1e-6)
+    (answer,) = fedlora.predict(tmp_path / "bits", ["the old horse ?"], client="0")
+    assert isinstance(answer, str)
+
+
+def test_images_in_folders_by_label(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    for label, channel in (("blue", 2), ("red", 0)):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for i in range(30):
+            pixels = rng.integers(0, 90, (16, 16, 3), dtype=np.uint8)
+            pixels[..., channel] += 120
+            image.fromarray(pixels).save(tmp_path / "photos" / label / f"{i}.png")
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=16, patch_size=8
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "vit")
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}, "do_resize": True}
+    settings |= {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_rescale": True}
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(settings))
+    file = tmp_path / "photos.toml"
+    file.write_text(
+        '[model]\nname = "vit"\ntask = "image-classification"\ndtype = "float32"\n'
+        '[data]\ntrain = "photos"\nimage = "image"\nlabel = "label"\npartition = {clients = 3}\n'
+        '[algorithm]\nname = "fedit"\n[training]\nrounds = 3\nepochs = 4\nbatch_size = 4\n'
+    )
+    summary = run(file, tmp_path / "run", "training.eval_every=0")
+    assert summary["personal"]["mean"] > 0.8
+
+
+def test_a_run_starts_from_an_exported_adapter(tmp_path: Path) -> None:
+    file = tiny.run_file(tmp_path, training="rounds = 3\nepochs = 3\nbatch_size = 4\n")
+    first = run(file, tmp_path / "first", "training.eval_every=0")
+    fedlora.export(tmp_path / "first", tmp_path / "adapter")
+    begun = fedlora.run(load(file, ["adapter.from=adapter", "training.rounds=1"]), out=tmp_path / "second")
+    assert begun.history[0]["global"] == pytest.approx(first["global"]["score"])
+    with pytest.raises(UserError, match="does not begin with one given adapter"):
+        run(file, tmp_path / "third", "adapter.from=adapter", "algorithm.name=flora")
+    with pytest.raises(UserError, match="rank 8"):
+        run(file, tmp_path / "fourth", "adapter.from=adapter", "clients.ranks=[2, 8]", "algorithm.name=flexlora")
+
+
+def test_dirichlet_clients_with_label_spaces_of_their_own(tmp_path: Path) -> None:
+    file = tiny.run_file(
+        tmp_path,
+        data='label_space = "client"\npartition = {by = "dirichlet", clients = 4, alpha = 0.2}\n',
+        adapter='extras = {head = "private"}\n',
+        training="rounds = 3\nepochs = 3\nbatch_size = 4\n",
+    )
+    summary = run(file, tmp_path / "run", "training.eval_every=0")
+    assert summary["global"] is None  # private heads: no single model
+    assert summary["personal"]["mean"] > 0.5
+
+
+def test_pooled_is_marked_and_beats_chance(tmp_path: Path) -> None:
+    file = tiny.run_file(
+        tmp_path, training="rounds = 3\nepochs = 3\nbatch_size = 8\n", data="partition = {clients = 4}\n"
+    )
+    summary = run(file, tmp_path / "run", "algorithm.name=pooled", "training.eval_every=0")
+    assert summary["federated"] is False
+    assert summary["clients"] == len(summary["personal"]["per_client"]) == 4
+    assert summary["personal"]["mean"] > 0.6
+
+
+def test_head_only_without_labels_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="labels"):
+        run(instructions(tmp_path), tmp_path / "run", "algorithm.name=head-only")
+
+
+def test_norms_may_train(tmp_path: Path) -> None:
+    file = tiny.run_file(tmp_path, adapter='extras = {norm = "share"}\n', training="rounds = 1\n")
+    run(file, tmp_path / "run")
+    described = json.loads((tmp_path / "run" / "adapters" / "global" / "adapter_config.json").read_text())
+    assert any("LayerNorm" in name for name in described["modules_to_save"])
