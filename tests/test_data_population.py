@@ -283,7 +283,6 @@ def test_from_datasets_names_the_client_at_fault() -> None:
             {"a": good, "b": _client([*rows[:2], {"text": "", "label": "x"}])},
             "client 'b', row 3: column 'text' is empty",
         ),
-        ({"a": good, "b" * 300: good}, "too long for a file name"),
     ):
         with pytest.raises(UserError, match=message):
             from_datasets(clients, DataSettings(), TASK)
