@@ -36,6 +36,7 @@ from fedlora.federation.spec import Tree
 from fedlora.learning.backbone import load_backbone
 from fedlora.learning.language import prompt_of
 from fedlora.study.algorithm import find
+from fedlora.study.code import named, revived
 from fedlora.study.config import dumps, parse
 from fedlora.study.config import load as load_config
 from fedlora.study.deploy import deployed as of_client
@@ -49,10 +50,8 @@ from fedlora.study.export import (
     heads,
     load,
     merged,
-    named,
     rebuilt,
     recipe,
-    revived,
     save,
 )
 from fedlora.study.export import settings as run_settings
