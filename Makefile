@@ -19,11 +19,14 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# Tiny tensors: two processes of one thread each; and nothing may reach for a model hub.
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
 test: check
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: check
-	$(BIN)/python -m pytest -n 2
+	$(PYTEST)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks
