@@ -1,0 +1,1 @@
+"""What fedlora costs, measured: ``python -m benchmarks [lanes memory startup] [--quick]``."""

@@ -1,0 +1,32 @@
+"""``python -m benchmarks``: all of them, or those that are named."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub
+
+from benchmarks import lanes, memory, startup
+from benchmarks.report import Report
+
+BENCHMARKS: dict[str, Callable[[bool], Report]] = {"startup": startup.run, "memory": memory.run, "lanes": lanes.run}
+
+
+def main() -> None:
+    """Runs each, prints its table and writes it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="a short run, to see that everything works")
+    given = parser.parse_args()
+    if unknown := sorted(set(given.names) - set(BENCHMARKS)):
+        parser.error(f"no benchmark {unknown[0]!r}, only {', '.join(BENCHMARKS)}")
+    for name in given.names or BENCHMARKS:
+        report = BENCHMARKS[name](given.quick)
+        print(report.markdown(given.quick), flush=True)
+        print(f"wrote {report.write(given.quick)}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

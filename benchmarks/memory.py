@@ -1,0 +1,165 @@
+"""Peak memory above the loaded model of a federation of 20 and of 1,000 clients, all of them in one round.
+
+Each federation is a whole ``fedlora.run`` in a process of its own: reading the data, one round, scores of every
+client, checkpoint, adapters. Run as ``python -m benchmarks.memory FOLDER MODEL ALGORITHM CLIENTS``, this module is
+that process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import ROOT, Report
+
+EXAMPLES, FEW, MANY = 20, 20, 1000
+LABELS = ("calm", "dull", "keen", "wary")
+ALGORITHMS = ("fedit", "flexlora")
+LIMIT = 100.0
+"""MB that 1,000 clients may need more than 20."""
+
+
+def measure(folder: Path, model: str, algorithm: str, clients: int) -> dict[str, Any]:
+    """One federation in its own process: megabytes above the loaded model, seconds, client-steps."""
+    words = [sys.executable, "-m", "benchmarks.memory", str(folder), model, algorithm, str(clients)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the process ended with {done.returncode}:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(quick: bool = False) -> Report:
+    """Both sizes for both algorithms, on MiniLM (short runs: on a tiny encoder)."""
+    model = "tiny" if quick else "minilm"
+    rows: list[tuple[object, ...]] = []
+    details: dict[str, Any] = {}
+    for algorithm in ALGORITHMS:
+        found = {}
+        for clients in (FEW, MANY):
+            with tempfile.TemporaryDirectory() as folder:
+                found[clients] = measure(Path(folder), model, algorithm, clients)
+            print(f"{algorithm}, {clients} clients: {found[clients]}", file=sys.stderr)
+        few, many = (found[clients]["megabytes"] for clients in (FEW, MANY))
+        verdict = "yes" if many - few < LIMIT else "NO"
+        rows.append((algorithm, few, many, many - few, f"{verdict}, below {LIMIT:.0f}", found[MANY]["seconds"]))
+        details[algorithm] = found
+    return Report(
+        "memory",
+        "Peak memory above the loaded model, MB",
+        ("algorithm", f"{FEW} clients", f"{MANY:,} clients", "difference", "held", f"seconds for {MANY:,}"),
+        rows,
+        (
+            f"{'a tiny BERT' if quick else 'MiniLM'}, rank 8, {EXAMPLES} examples each (70/10/20), one round with all "
+            "clients, a whole run from reading the data to the adapters of up to 100 clients",
+            "peak resident memory of the process from the moment that model, tokenizer and libraries are loaded",
+        ),
+        {"federations": details},
+    )
+
+
+# -- the process that is measured
+
+
+def child(folder: Path, model: str, algorithm: str, clients: int) -> dict[str, Any]:
+    """Runs one federation in this process."""
+    import fedlora
+    from fedlora.study import run as _everything  # noqa: F401  loaded before the count begins
+
+    data, module = write_data(folder / "data.jsonl", clients), load(folder, model)
+    config = {
+        "model": {"name": model, "task": "text-classification", "dtype": "float32"},
+        "data": {
+            "train": str(data),
+            "text": "text",
+            "label": "label",
+            "max_length": 48,
+            "partition": {"by": "column", "column": "client"},
+        },
+        "algorithm": {"name": algorithm},
+        "training": {"rounds": 1, "batch_size": 8},
+    }
+    before = forget_peak()
+    start = time.perf_counter()
+    result = fedlora.run(config, model=module, out=folder / "run")
+    seconds = time.perf_counter() - start
+    (line,) = (line for line in result.history if line["round"] == 1)
+    assert line["participants"] == clients
+    return {
+        "megabytes": (peak() - before) / 1e6,
+        "loaded": before / 1e6,
+        "seconds": seconds,
+        "client_steps": line["client_steps"],
+    }
+
+
+def write_data(file: Path, clients: int) -> Path:
+    """Texts of 4 to 44 words out of 10,000 made-up ones, frequent as in a language (Zipf); no two are alike."""
+    rng = random.Random(clients)
+    syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
+    vocabulary = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(10_000)]
+    weights = list(itertools.accumulate(1 / rank for rank in range(2, len(vocabulary) + 2)))
+    with file.open("w") as out:
+        for client in range(clients):
+            for _ in range(EXAMPLES):
+                words = rng.choices(vocabulary, cum_weights=weights, k=rng.randint(4, 44))
+                row = {"client": f"client {client:04d}", "text": " ".join(words), "label": rng.choice(LABELS)}
+                out.write(json.dumps(row) + "\n")
+    return file
+
+
+def load(folder: Path, model: str) -> Any:
+    """The encoder with its tokenizer as ``processor``; both have worked once."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    if model == "minilm":
+        from fedlora.learning.backbone import minilm_folder
+
+        place = minilm_folder()
+    else:
+        sys.path.insert(0, str(ROOT / "tests"))
+        from study import tiny
+
+        place = tiny.encoder(folder / "model")
+    module = AutoModel.from_pretrained(place)
+    module.processor = AutoTokenizer.from_pretrained(place)
+    with torch.no_grad():
+        module(**module.processor(["once"] * 64, return_tensors="pt"))
+    return module
+
+
+def forget_peak() -> int:
+    """The resident bytes now; the peak is counted from here where the system can (Linux), else from the start."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return peak()
+    return _status("VmRSS")
+
+
+def peak() -> int:
+    """The most bytes that were ever resident since."""
+    if Path("/proc/self/status").exists():
+        return _status("VmHWM")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+if __name__ == "__main__":
+    place, model, algorithm, clients = sys.argv[1:]
+    print(json.dumps(child(Path(place), model, algorithm, int(clients))))
