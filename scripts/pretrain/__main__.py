@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import math
+import os
 import random
-import shlex
-import sys
 import time
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin at barriers cost others, and us, a core
 
 import card
 import corpus
@@ -19,20 +21,21 @@ from fedlora.assets import embedded_lm
 from fedlora.data.packages import available, sources
 
 VOCABULARY = 4096
-CODE_BYTES = 60_000
+CODE_BYTES = 30_000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=embedded_lm(), help="folder to write")
-    parser.add_argument("--steps", type=int, default=3000, help="training steps")
-    parser.add_argument("--batch", type=int, default=lm.Training.batch, help="windows of 512 tokens a step")
-    parser.add_argument("--lr", type=float, default=lm.Training.lr)
+    parser.add_argument("--steps", type=int, default=6000, help="training steps of 4 windows of 512 tokens")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="end the schedule after this time at the latest"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    plan = lm.Training(steps=options.steps, batch=options.batch, lr=options.lr)
+    plan = lm.Training(steps=options.steps, minutes=options.minutes)
 
     texts = corpus.collect(options.seed)
     say(f"{len(texts.train)} training files, {len(texts.validation)} held-out files, {len(texts.licences)} packages")
@@ -45,30 +48,34 @@ def main() -> None:
 
     torch.manual_seed(options.seed)
     model = lm.build(VOCABULARY).to(options.device)
-    seconds = lm.train(model, train, plan, options.seed, lambda: lm.save(model, tokenizer, options.out))
+    steps, seconds = lm.train(model, train, plan, options.seed, lambda: lm.save(model, tokenizer, options.out))
     lm.save(model, tokenizer, options.out)
-    say(f"trained in {seconds:.0f} s")
+    say(f"trained {steps} steps in {seconds:.0f} s")
     model = lm.load(options.out).to(options.device)  # what is measured is what was saved
 
-    counted = ngram.fit(np.concatenate(train))
-    start = len(counted)  # the first tokens have no full 5-gram context
-    baseline_targets = validation[start - 1 :]
-    scored = ngram.bits(counted, validation, VOCABULARY)[sizes[baseline_targets] > 0]
+    baseline = ngram.bits(ngram.fit(np.concatenate(train)), validation, VOCABULARY)
     code = {name: code_stream(name, tokenizer, options.seed) for name in available()}
     measured = {
-        "docstrings": lm.bits_per_byte(model, validation, sizes),
-        "docstrings_5gram": float(scored.sum() / sizes[baseline_targets].sum()),
-        "code": {name: lm.bits_per_byte(model, stream, sizes) for name, stream in code.items()},
+        "docstrings": lm.bits_per_byte(lm.bits(model, validation)[-len(baseline) :], validation, sizes),
+        "docstrings_5gram": lm.bits_per_byte(baseline, validation, sizes),
+        "code": {name: lm.bits_per_byte(lm.bits(model, stream), stream, sizes) for name, stream in code.items()},
     }
     facts = {
-        "command": "python scripts/pretrain " + shlex.join(sys.argv[1:]),
+        "command": f"python scripts/pretrain --steps {plan.steps} --minutes {plan.minutes:g} --seed {options.seed}",
         "seed": options.seed,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "training": {**vars(plan), "context": lm.CONTEXT, "seconds": round(seconds), "device": options.device},
+        "training": {
+            **vars(plan),
+            "steps": steps,
+            "minutes": None,
+            "context": lm.CONTEXT,
+            "seconds": round(seconds),
+            "device": options.device,
+        },
         "tokens": {
             "train": tokens,
             "validation": len(validation),
-            "seen": plan.steps * plan.batch * lm.CONTEXT,
+            "seen": steps * plan.batch * lm.CONTEXT,
         },
         "bits_per_byte": measured,
         "held_out": available(),
@@ -80,7 +87,7 @@ def main() -> None:
 
 
 def code_stream(package: str, tokenizer: lm.Tokenizer, seed: int) -> np.ndarray:
-    """About 60 kB of a code base's files, drawn at random, as one token stream."""
+    """About 30 kB of a code base's files, drawn at random, as one token stream."""
     files = [text for _, text in sources(package)]
     random.Random(seed).shuffle(files)
     chosen: list[str] = []

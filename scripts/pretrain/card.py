@@ -30,23 +30,25 @@ and has still to learn code. It is far too small for anything else.
 |---|---|
 | command | `{facts["command"].strip()}` |
 | seed | {facts["seed"]} |
-| text | {tokens["train"]:,} training tokens; doctests and code blocks removed, paragraphs unique |
+| text | {tokens["train"]:,} training tokens; doctests and code blocks removed, repeated paragraphs dropped |
 | steps | {training["steps"]:,} of {training["batch"]} x {training["context"]} tokens: {tokens["seen"]:,} seen |
-| AdamW | lr {training["lr"]}, warm-up {training["warmup"]:.0%} and cosine, decay {training["weight_decay"]} |
+| optimisers | Muon lr {training["lr_matrices"]} for matrices, AdamW lr {training["lr_others"]} for the rest |
+| schedule | warm-up {training["warmup"]:.0%}, then cosine; clip {training["clip"]}; bf16 autocast |
 | time | {training["seconds"]:,} s on {training["device"]} |
 
 ## Held-out bits per byte
 
 5 % of the files were held out before the tokeniser was trained ({tokens["validation"]:,} tokens). The 5-gram model is
-an interpolated modified Kneser-Ney model over the same tokens, counted on the same training text.
+an interpolated modified Kneser-Ney model over the same tokens, counted on the same training text. Our windows overlap
+by half; both score the same tokens.
 
 | docstrings | bits per byte |
 |---|---|
 | this model | {scores["docstrings"]:.3f} |
 | 5-gram | {scores["docstrings_5gram"]:.3f} |
 
-Source code of the code bases that are held out entirely (neither code nor docstrings in training; a training paragraph
-equal to one of theirs was removed), about 60 kB each:
+Source code of the code bases that are held out entirely (neither code nor docstrings in training; training paragraphs
+that repeat theirs were removed), about 30 kB each:
 
 | code base | bits per byte |
 |---|---|

@@ -3,6 +3,7 @@
 import random
 import re
 import sys
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
@@ -11,6 +12,9 @@ from fedlora.data.packages import HELD_OUT, docstrings, locate
 
 COPIES = ("multiprocess", "distutils")
 """Copies of code bases: multiprocess is the held-out multiprocessing, setuptools carries distutils."""
+
+ITEM = re.compile(r"(\n{2,}|\n(?=[ ]*[*`\w][^\n]*[:)][^\n]*\n[ ]+))")
+"""Ends of paragraphs and of a parameter's description, kept when splitting."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,8 @@ class Corpus:
 
 
 def collect(seed: int, held_out_share: float = 0.05) -> Corpus:
-    """Read, deduplicate by paragraph and divide; no paragraph of a held-out code base's docstrings stays in."""
-    seen = {_key(part) for name in HELD_OUT if locate(name) for _, text in docstrings(name) for part in _parts(text)}
+    """Read, drop what repeats and divide by file; what repeats a held-out code base's docstrings is dropped too."""
+    seen = {shingle for name in HELD_OUT if locate(name) for _, text in docstrings(name) for shingle in _shingles(text)}
     documents: list[Document] = []
     licences: dict[str, str] = {}
     for package, licence in sorted(_packages().items()):
@@ -69,26 +73,23 @@ def _licence(distribution: str) -> str:
     return f"{named or stated.splitlines()[0] if stated or named else 'not stated'} ({distribution} {about['Version']})"
 
 
-def _fresh(package: str, seen: set[str]) -> Iterable[Document]:
+def _fresh(package: str, seen: set[int]) -> Iterable[Document]:
     prefixes = tuple(name.replace(".", "/") for name in HELD_OUT if name.startswith(package + "."))
     for path, text in docstrings(package):
         if any(f"{package}/{path}".startswith((prefix + "/", prefix + ".py")) for prefix in prefixes):
             continue
         parts: list[str] = []
-        for part in _parts(text):
-            key = _key(part)
-            if len(key) < 30 or key not in seen:  # short headings such as "Returns" may repeat
+        for part in ITEM.split(text):
+            shingles = _shingles(part)
+            if len(shingles) < 3 or sum(shingle in seen for shingle in shingles) <= len(shingles) / 2:
                 parts.append(part)
-                seen.add(key)
-        body = "\n\n".join(parts)
+            seen.update(shingles)
+        body = "".join(parts).strip()
         if len(body) >= 200:
-            yield Document(package, path, body + "\n")
+            yield Document(package, path, re.sub(r"\n{3,}", "\n\n", body) + "\n")
 
 
-def _parts(text: str) -> list[str]:
-    return re.split(r"\n{2,}", text)
-
-
-def _key(paragraph: str) -> str:
-    """A paragraph without case, digits and punctuation: near copies count as copies."""
-    return re.sub(r"[\W\d_]+", " ", paragraph.lower()).strip()
+def _shingles(part: str) -> list[int]:
+    """Every four words in a row: boilerplate that differs in a name or a number still counts as a copy."""
+    words = re.findall(r"[a-z]+", part.lower())
+    return [zlib.crc32(" ".join(words[i : i + 4]).encode()) for i in range(len(words) - 3)]

@@ -187,7 +187,7 @@ def _jsonl(path: Path) -> Part:
             ) from None
         rows.append(_object(value, f"{path}, line {number}"))
         places.append(number)
-        if len(rows) == 20_000:  # Arrow holds text in a third of the memory that Python's objects take
+        if len(rows) == 2_000:  # Arrow holds text in a third of the memory that Python's objects take
             tables.append(_columns(rows))
             rows = []
     tables += [_columns(rows)] if rows or not tables else []
