@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -125,7 +126,9 @@ def quickstart(
     write_json(out / "table.json", {"seed": seed, "clients": names, "rows": [vars(row) for row in rows]})
     paper = Console(record=True, width=100, file=io.StringIO())
     paper.print(shown)
-    paper.save_svg(str(out / "table.svg"), title="fedlora quickstart")
+    picture_file = paper.export_svg(title="fedlora quickstart")
+    fonts = re.compile(r"@font-face \{.*?\}", re.DOTALL)  # they would be fetched from the web: any monospace will do
+    (out / "table.svg").write_text(fonts.sub("", picture_file))
     for path in (out / "table.svg", out / "table.json", *(out / plan.file for plan in plans)):
         console.print(f"wrote {path}", highlight=False)
     return shown
