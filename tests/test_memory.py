@@ -11,6 +11,8 @@ from benchmarks.memory import FEW, LIMIT, MANY, measure
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["fedit", "flexlora"])
 def test_a_thousand_clients_need_no_more_memory(tmp_path: Path, algorithm: str) -> None:
+    for name in ("few", "many"):
+        (tmp_path / name).mkdir()
     few = measure(tmp_path / "few", "tiny", algorithm, FEW)
     many = measure(tmp_path / "many", "tiny", algorithm, MANY)
     assert many["client_steps"] > 10 * few["client_steps"]
