@@ -17,6 +17,7 @@ from study import tiny
 # The child kills itself (SIGKILL: nothing is cleaned up) at the n-th call of one function of fedlora.
 CHILD = """
 import importlib, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell's children inherit that it is ignored
 place, name, call, *words = sys.argv[1:]
 module = importlib.import_module(place)
 original, left = getattr(module, name), [int(call)]
