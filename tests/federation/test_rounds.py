@@ -264,15 +264,15 @@ def test_evaluation_is_lazy_names_its_split_and_serves_strangers() -> None:
     report = list(rounds(fleet.algorithm, fleet.spec, fleet, total=1, seed=0))[-1]
     assert "c1" not in report.folded
     fleet.learner.log.clear()
-    lines = evaluate(
-        fleet.algorithm, report.checkpoint, fleet, [fleet.clients[id] for id in ("c1", "c0")], total=1, split="holdout"
-    )
+    both = [fleet.clients[id] for id in ("c1", "c0")]
+    lines = evaluate(fleet.algorithm, report.checkpoint, fleet, both, total=1, splits=("holdout", "fit"))
     assert fleet.learner.log == []
     name, sums = next(lines)
     assert name == "c0"
     assert {job.client for job in fleet.learner.log} == {"c0"}
-    assert {job.order.split for job in fleet.learner.log} == {"holdout"}
+    assert {job.order.split for job in fleet.learner.log} == {"holdout", "fit"}
     assert sums["local"]["accuracy"][1] == 8.0
+    assert sums["local"]["fit/accuracy"][1] > 8.0
     assert next(lines)[0] == "c1"
     assert not fleet.stores["c1"].versions  # type: ignore[attr-defined]
 

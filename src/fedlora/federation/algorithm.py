@@ -19,6 +19,9 @@ Value = TypeVar("Value")
 Value_co = TypeVar("Value_co", covariant=True)
 Acc = TypeVar("Acc")
 Kind = Literal["introduce", "train", "evaluate"]
+Evaluated = Literal["test", "validation", "holdout", "fit"]
+"""What may be scored from outside. The sums of the first split asked for have plain names ("accuracy"), a second one's
+have the split before them ("validation/accuracy")."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +129,7 @@ class Request:
 
     ``base_version``: the memory version to start from (None: none yet). ``keep_from``: the version that the last
     durable server checkpoint would ask for (None: it would ask for none). ``judge``: the server's model, scored as
-    "global" when evaluating. ``split``: what an evaluation scores.
+    "global" when evaluating. ``splits``: what an evaluation scores (see ``Evaluated``).
     """
 
     run_id: str
@@ -137,7 +140,7 @@ class Request:
     keep_from: int | None
     payload: Tree
     judge: Model | None = None
-    split: Literal["test", "holdout"] = "test"
+    splits: tuple[Evaluated, ...] = ("test",)
 
 
 @dataclass(frozen=True, eq=False)

@@ -60,8 +60,8 @@ def numbered(work: Work[Any], local: Local, kind: str, trusted: bool = False) ->
             for order in orders:
                 if not isinstance(order, (Fit, Score, Features)):
                     raise TypeError(f"a client program yields Fit, Score or Features, not {type(order).__name__}")
-                if order.split == "test" and not trusted:
-                    raise PermissionError("an algorithm may not touch the test split")
+                if order.split in ("test", "validation") and not trusted:
+                    raise PermissionError(f"an algorithm may not touch the {order.split} split")
             jobs = tuple(
                 Job(order, derive(local.run_seed, kind, local.round, local.client.id, index + i), local.client.id)
                 for i, order in enumerate(orders)
@@ -126,6 +126,10 @@ def evaluated(
     judged = yield from personalized(algorithm, request, store, local)
     if request.judge is not None:
         judged["global"] = request.judge  # a later key never moves the first
-    orders = scores(*(Score(model, request.split) for model in judged.values()))
+    found: dict[str, Sums] = {variant: {} for variant in judged}
+    orders = scores(*(Score(model, split) for split in request.splits for model in judged.values()))
     results = yield from numbered(orders, local, "score", trusted=True)
-    return dict(zip(judged, results))
+    for (split, variant), sums in zip(((s, v) for s in request.splits for v in judged), results, strict=True):
+        named = sums if split == request.splits[0] else {f"{split}/{name}": pair for name, pair in sums.items()}
+        found[variant] = {**found[variant], **named}
+    return found

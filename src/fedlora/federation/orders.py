@@ -13,8 +13,9 @@ from torch.nn import functional
 from fedlora.federation.spec import Local, Sums, Tree
 
 T = TypeVar("T")
-Split = Literal["train", "fit", "holdout", "test"]
-"""train = fit + holdout; "test" is refused to algorithm code."""
+Split = Literal["train", "fit", "holdout", "validation", "test"]
+"""train = fit + holdout, both the algorithm's own; "validation" (to choose hyper-parameters and rounds by) and "test"
+are refused to algorithm code."""
 Work = Generator[Any, Any, T]
 """A client program: yields an order or a tuple of independent orders, returns a T."""
 

@@ -6,11 +6,11 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
-from fedlora.federation.algorithm import Algorithm, Kind, Reply, Request, Update
+from fedlora.federation.algorithm import Algorithm, Evaluated, Kind, Reply, Request, Update
 from fedlora.federation.sampling import Sampler, cohort
 from fedlora.federation.spec import Client, ModelSpec, Shape, Sums, Tree
 from fedlora.federation.wire import canonical, frame_size
@@ -294,7 +294,7 @@ def evaluate(
     *,
     total: int,
     run_id: str = "run",
-    split: Literal["test", "holdout"] = "test",
+    splits: tuple[Evaluated, ...] = ("test",),
 ) -> Iterator[tuple[str, dict[str, Sums]]]:
     """(client id, sums by variant), in the order of ids, as they come; who is lost is left out.
 
@@ -306,7 +306,7 @@ def evaluate(
 
     def build(client: Client) -> Request:
         payload = algorithm.broadcast(state, client, round)
-        return Request(run_id, "evaluate", round, total, acked.get(client.id), None, payload, judge, split)
+        return Request(run_id, "evaluate", round, total, acked.get(client.id), None, payload, judge, splits)
 
     requests = Requests(clients, build)
     for name, reply in in_order(fleet.ask(requests), requests):

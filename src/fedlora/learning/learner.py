@@ -150,8 +150,8 @@ class Learner:
     def _prepare(self, ticket: int, job: Job) -> Ready:
         order: Order = job.order
         if isinstance(order, Fit):
-            if order.split == "test":
-                raise PermissionError("nobody trains on the test split")
+            if order.split in ("test", "validation"):
+                raise PermissionError(f"nobody trains on the {order.split} split")
             models = {"model": order.models} if isinstance(order.models, Model) else dict(order.models)
             trains = dict(order.train) if isinstance(order.train, Mapping) else {"model": order.train}
             if models.keys() != trains.keys():

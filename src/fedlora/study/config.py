@@ -81,7 +81,8 @@ class TrainingSettings(Section):
     """``[training]``. None: the algorithm's own default. ``clients_per_round``: a count, or a share below 1; default
     everybody. ``loss_on``: the tokens of instruction data that are learnt. ``generate``: new tokens per answer when
     scoring; above 0 adds exact match and Rouge-L. ``eval_every``: rounds between evaluations (0: only at the end).
-    ``eval_everyone``: score every client's deployed model on everybody's test data too, at the end."""
+    ``eval_everyone``: score every client's deployed model on everybody's test data too, at the end. ``validate``: keep
+    the validation rows out of training and score them wherever the test rows are scored."""
 
     rounds: int = Field(10, ge=0)
     clients_per_round: int | float | None = Field(None, gt=0)
@@ -100,6 +101,9 @@ class TrainingSettings(Section):
     eval_every: int = Field(1, ge=0)
     eval_clients: int | None = Field(None, ge=1)
     eval_everyone: bool = False
+    validate_rounds: bool = Field(False, alias="validate")
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSettings:

@@ -16,6 +16,7 @@ from fedlora.adapters.algebra import ranks as ranks_of
 from fedlora.adapters.peft import fit_to, read
 from fedlora.data.population import Population, build, from_datasets
 from fedlora.data.profiles import RankProfile, ranks
+from fedlora.data.validation import Validated
 from fedlora.engines.simulator import Simulator
 from fedlora.errors import UserError
 from fedlora.federation.algorithm import Algorithm
@@ -92,6 +93,7 @@ class Experiment:
             clients,
             total=self.config.training.rounds,
             run_id=self.run_id,
+            splits=("test", "validation") if self.config.training.validate_rounds else ("test",),
         )
         return dict(results)
 
@@ -141,7 +143,8 @@ def assemble(
     config = _resolved(config, algorithm, population, backbone, task, examples, spec)
     backbone.to(DTYPES[config.model.dtype])
     lanes = int(config.engine.lanes)
-    members, splits, strangers = _members(algorithm, population, examples, by_site, most)
+    owned = Validated(population.clients, config.data.seed) if config.training.validate_rounds else population.clients
+    members, splits, strangers = _members(algorithm, population, owned, examples, by_site, most)
     learner = Learner(
         {"base": backbone},
         task,
@@ -183,6 +186,7 @@ def _attention(site: str) -> bool:
 def _members(
     algorithm: Algorithm[Any, Any, Any],
     population: Population,
+    owned: Mapping[str, Mapping[str, np.ndarray]],
     examples: Examples,
     by_site: Mapping[str, Mapping[str, int]],
     most: Mapping[str, int],
@@ -196,13 +200,17 @@ def _members(
     def client(name: str, own: Mapping[str, int], rows: np.ndarray) -> Client:
         return Client(name, own, examples=len(examples.units(rows)) or None)
 
-    members = {name: client(name, by_site[name], population.train(name)) for name in population.clients}
-    seen = [population.clients[name] for name in population.seen]
-    rows = {part: np.concatenate([own[part] for own in seen] or [NO_ROWS]) for part in ("fit", "holdout", "test")}
-    splits = {**population.clients, EVERYONE: {"test": rows["test"]}}
+    def trained(name: str) -> np.ndarray:
+        return np.concatenate([owned[name]["fit"], owned[name]["holdout"]])
+
+    members = {name: client(name, by_site[name], trained(name)) for name in owned}
+    seen = [owned[name] for name in population.seen]
+    parts = seen[0].keys() if seen else ()
+    rows = {part: np.concatenate([own[part] for own in seen] or [NO_ROWS]) for part in parts}
+    splits = {**owned, EVERYONE: {"test": rows.get("test", NO_ROWS)}}
     if algorithm.federated:
         return members, splits, set(population.unseen)
-    whole = client(POOLED, most, np.concatenate([rows["fit"], rows["holdout"]]))
+    whole = client(POOLED, most, np.concatenate([rows.get(part, NO_ROWS) for part in ("fit", "holdout")]))
     return {**members, POOLED: whole}, {**splits, POOLED: rows}, set(members)
 
 

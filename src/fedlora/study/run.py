@@ -166,6 +166,7 @@ def _scores(experiment: Experiment, checkpoint: Mapping[str, Any]) -> dict[str, 
     return {
         "personal": {key: personal[key] for key in ("mean", "std", "worst_decile", "variants")},
         "global": None if overall is None else overall["score"],
+        **({"validation": summary["validation"]} if "validation" in summary else {}),
     }
 
 

@@ -48,7 +48,8 @@ def spread(per_client: Mapping[str, float | None], metric: Metric) -> dict[str, 
 
 
 def summarise(by_client: Mapping[str, Mapping[str, Sums]], metric: Metric) -> dict[str, Any]:
-    """``personal`` (the deployed variant), ``global`` (the union of test data) and every named variant.
+    """``personal`` (the deployed variant), ``global`` (the union of test data) and every named variant; "validation" of
+    the deployed one where a run keeps validation rows apart.
 
     ``by_client`` maps a client to its variants' sums, the deployed one first and "global" (the server's model) by name.
     """
@@ -61,6 +62,8 @@ def summarise(by_client: Mapping[str, Mapping[str, Sums]], metric: Metric) -> di
         if "global" in results:
             union = merge_sums(union, results["global"])
     score = metric.of(union)
+    kept = Metric(f"validation/{metric.name}", metric.higher_is_better)
+    validated = {name: kept.of(next(iter(sums.values()))) for name, sums in by_client.items() if sums}
     return {
         "personal": {
             **spread(deployed, metric),
@@ -72,9 +75,10 @@ def summarise(by_client: Mapping[str, Mapping[str, Sums]], metric: Metric) -> di
             },
         },
         "global": None if score is None else {"score": score, **_others(union, metric)},
+        **({"validation": spread(validated, kept)} if any(v is not None for v in validated.values()) else {}),
     }
 
 
 def _others(sums: Sums, metric: Metric) -> dict[str, float]:
     """The task's further scores."""
-    return {name: total / count for name, (total, count) in sums.items() if count and name != metric.name}
+    return {name: total / count for name, (total, count) in sums.items() if count and name != metric.name and "/" not in name}
