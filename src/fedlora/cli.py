@@ -24,6 +24,7 @@ app = typer.Typer(
       fedlora data my.toml               who has what, before anything runs
       fedlora run my.toml                train; writes a run folder
       fedlora predict RUN --client ID --text "..."
+      fedlora compare study.toml         a grid of runs over seeds, and its table
 
     \b
     The smallest run file:
@@ -145,6 +146,19 @@ def algorithms() -> None:
     from fedlora.study.algorithm import catalogue
 
     Console().print(catalogue())
+
+
+@app.command()
+def compare(
+    study: Annotated[Path, typer.Argument(metavar="STUDY.toml", help="base, seeds, [grid], [tune]")],
+    out: Annotated[Path | None, typer.Option(help="the folder of the study (default: runs/compare-STUDY)")] = None,
+) -> None:
+    """Run a grid over seeds on identical splits and write table.md and table.csv; goes on where it stopped."""
+    from fedlora.study.compare import compare as start
+
+    folder = start(study, out, progress=True, say=typer.echo)
+    typer.echo((folder / "table.md").read_text())
+    typer.echo(f"wrote {folder / 'table.md'}, table.csv, runs.csv")
 
 
 @app.command()

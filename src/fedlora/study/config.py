@@ -216,12 +216,17 @@ def apply(value: dict[str, Any], change: str) -> None:
         parsed = tomllib.loads(f"x = {text}")["x"]
     except tomllib.TOMLDecodeError:
         parsed = text
-    *tables, last = key.strip().split(".")
+    assign(value, key.strip(), parsed)
+
+
+def assign(value: dict[str, Any], key: str, entry: Any) -> None:
+    """Sets one dotted key in nested tables."""
+    *tables, last = key.split(".")
     for name in tables:
         value = value.setdefault(name, {})
         if not isinstance(value, dict):
-            raise UserError(f"--set {change!r}: '{name}' is a value, not a table", "name a key inside a table")
-    value[last] = parsed
+            raise UserError(f"{key} = {entry!r}: '{name}' is a value, not a table", "name a key inside a table")
+    value[last] = entry
 
 
 def located(value: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -1,0 +1,180 @@
+"""``fedlora compare``: a grid over seeds, tuned on validation rows, and a table that another route confirms."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from fedlora.data.validation import Validated
+from fedlora.errors import UserError
+from fedlora.study.compare import combinations, compare, load_study
+from fedlora.study.comparison import Measured, Point, rows_of
+from study import tiny
+
+STUDY = """\
+base = "my.toml"
+seeds = {seeds}
+
+[grid]
+"algorithm" = [{{name = "fedit", finetune_epochs = 1}}, {{name = "local"}}]
+
+[tune]
+"training.lr" = [0.001, 0.02]
+"""
+
+
+def study_file(folder: Path, seeds: str = "[0, 1]") -> Path:
+    tiny.run_file(folder, data='partition = {by = "dirichlet", clients = 3, alpha = 1.0}\n', training="rounds = 2\n")
+    file = folder / "study.toml"
+    file.write_text(STUDY.format(seeds=seeds))
+    return file
+
+
+def test_a_study_from_its_file(tmp_path: Path) -> None:
+    file, said = study_file(tmp_path), []
+    folder = compare(file, tmp_path / "out", say=said.append)
+    assert len(said) == 2 * 2 + 2  # both rates on the first seed, the chosen one on the second
+    runs = table(folder / "runs.csv")
+    assert [(run["cell"], run["seed"]) for run in runs] == [
+        (cell, seed) for seed in "01" for cell in ("fedit finetune_epochs=1", "local")
+    ]
+    for seed in "01":  # identical splits, another one for every seed
+        assert len({run["data_hash"] for run in runs if run["seed"] == seed}) == 1
+    assert len({run["data_hash"] for run in runs}) == 2
+    # the tuned rate is the one with the better best validation score, read from the run folders
+    place = folder / "cells" / "fedit-finetune_epochs-1"
+    found = {rate: curve(place / f"lr-{rate}" / "seed-0") for rate in ("0.001", "0.02")}
+    best = {rate: max(v for _, v, _ in points) for rate, points in found.items()}
+    rate = max(best, key=lambda name: best[name])
+    assert not (place / ("lr-0.02" if rate == "0.001" else "lr-0.001") / "seed-1").exists()
+    # scores at the best round by validation, the mean over seeds and its interval
+    scores = []
+    for seed in (0, 1):
+        points = curve(place / f"lr-{rate}" / f"seed-{seed}")
+        scores.append(next(mean for _, v, mean in points if v == max(p[1] for p in points)))
+    rows = table(folder / "table.csv")
+    row = rows[0]
+    assert (row["cell"], row["variant"]) == ("fedit finetune_epochs=1", "finetuned")
+    assert math.isclose(float(row["personal"]), statistics.fmean(scores), rel_tol=1e-12)
+    half = stats.t.interval(0.95, 1, statistics.fmean(scores), statistics.stdev(scores) / math.sqrt(2))
+    assert math.isclose(float(row["personal_halfwidth"]), (half[1] - half[0]) / 2 if scores[0] != scores[1] else 0.0)
+    assert "| fedit finetune_epochs=1 · finetuned |" in (folder / "table.md").read_text()
+    assert not list(folder.glob("cells/**/memories"))
+
+    # nothing is run twice; a lost run is; seeds may be added
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("cells/**/summary.json")}
+    lost = place / f"lr-{rate}" / "seed-1" / "summary.json"
+    before = json.loads(lost.read_text())["personal"]
+    for path in sorted(lost.parent.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    file.write_text(STUDY.format(seeds="[0, 1, 2]"))
+    compare(file, tmp_path / "out")
+    assert json.loads(lost.read_text())["personal"] == before
+    assert all(path.stat().st_mtime_ns == at for path, at in times.items() if path != lost)
+    assert len(table(folder / "runs.csv")) == 6
+    (tmp_path / "my.toml").write_text((tmp_path / "my.toml").read_text().replace("rounds = 2", "rounds = 1"))
+    with pytest.raises(UserError, match="another base"):
+        compare(file, tmp_path / "out")
+
+
+def table(file: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(file.read_text().splitlines()))
+
+
+def curve(folder: Path) -> list[tuple[int, float, float]]:
+    """(round, validation, test) of every evaluation, from the files."""
+    summary = json.loads((folder / "summary.json").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    known = [
+        (line["round"], line["validation"]["mean"], line["personal"]["mean"]) for line in lines if "personal" in line
+    ]
+    return [*known, (summary["rounds"], summary["validation"]["mean"], summary["personal"]["mean"])]
+
+
+def test_mistakes_are_found_before_anything_runs(tmp_path: Path) -> None:
+    file = study_file(tmp_path)
+    for old, new, said in (
+        ("finetune_epochs", "finetune_epoch", "finetune_epoch"),
+        ('"training.lr"', '"training.lrr"', "training.lrr"),
+        ("[0.001, 0.02]", "0.02", "not a list"),
+        ("seeds = [0, 1]", "seedz = [0]", "seedz"),
+        ("my.toml", "your.toml", "your.toml"),
+    ):
+        text = STUDY.format(seeds="[0, 1]")
+        assert old in text
+        file.write_text(text.replace(old, new))
+        with pytest.raises(UserError, match=said):
+            load_study(file)
+    assert not (tmp_path / "out").exists()
+
+
+def test_combinations_have_names() -> None:
+    cells = combinations({"algorithm": {"name": ["fedit", "flexlora"]}, "clients.ranks": [4, [2, 8]]}, "")
+    assert [cell.name for cell in cells] == [
+        "fedit ranks=4",
+        "fedit ranks=[2, 8]",
+        "flexlora ranks=4",
+        "flexlora ranks=[2, 8]",
+    ]
+    assert cells[1].changes == {"algorithm.name": "fedit", "clients.ranks": [2, 8]}
+    assert [cell.name for cell in combinations({}, "")] == ["run"]
+
+
+def test_no_validation_row_is_trained_on() -> None:
+    rng = np.random.default_rng(0)
+    clients = {}
+    for client in range(30):
+        rows = rng.permutation(1000)[: int(rng.integers(3, 200))]
+        cut = sorted(int(c) for c in rng.integers(1, len(rows) + 1, 2))
+        clients[str(client)] = dict(zip(("fit", "holdout", "test"), np.split(rows, cut), strict=True))
+    apart = Validated(clients, seed=4)
+    for name, own in clients.items():
+        made = apart[name]
+        assert set(made["fit"]) | set(made["holdout"]) == set(own["fit"])
+        assert len(made["fit"]) + len(made["holdout"]) == len(own["fit"])
+        assert len(made["fit"]) >= 1
+        assert made["validation"] is own["holdout"]
+        assert made["test"] is own["test"]
+
+
+def run(cell: str, seed: int, scores: list[float], **changes: object) -> Measured:
+    points = tuple(
+        Point(
+            t,
+            -abs(t - 2.0),
+            score,
+            0.0,
+            score,
+            None,
+            3.0 * t,
+            {"own": {"mean": score, "std": 0.0, "worst_decile": score}},
+        )
+        for t, score in enumerate(scores, 1)
+    )
+    return Measured(cell, seed, "accuracy", True, "", points, None, 1.0, 2.0, 3.0, None)
+
+
+def test_differences_are_paired_and_targets_need_every_seed() -> None:
+    runs = [
+        run("a", 0, [0.1, 0.5, 0.9]),
+        run("b", 0, [0.1, 0.6, 0.6]),
+        run("a", 1, [0.2, 0.3, 0.3]),
+        run("b", 1, [0.5, 0.5, 0.5]),
+    ]
+    rows = {row.cell: row for row in rows_of(runs, ["a", "b"], target=0.5)}
+    assert rows["a"].columns["best_round"] == (2.0, 0.0)  # by validation, although the test score rises further
+    assert rows["a"].columns["personal"] is not None
+    assert math.isclose(rows["a"].columns["personal"][0], 0.4)
+    difference = rows["b"].columns["difference"]
+    assert difference is not None
+    assert math.isclose(difference[0], 0.15)  # (0.1 + 0.2) / 2
+    assert rows["a"].columns["rounds_to_target"] is None  # its second seed never got there
+    assert rows["b"].columns["rounds_to_target"] == (1.5, pytest.approx(stats.t.ppf(0.975, 1) * 0.5))
+    assert rows["b"].columns["mb_to_target"] == (4.5, pytest.approx(stats.t.ppf(0.975, 1) * 1.5))
