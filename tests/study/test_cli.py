@@ -194,3 +194,27 @@ def test_a_bucket_has_the_smallest_clients_rank(tmp_path: Path) -> None:
     fedlora("run", file, "--set", "algorithm.merge=bucket", "--out", tmp_path / "run")
     described = json.loads((tmp_path / "run" / "adapters" / "clients" / "1" / "adapter_config.json").read_text())
     assert described["r"] == 2
+
+
+def test_names_are_no_paths_and_paths_keep_their_split(tmp_path: Path) -> None:
+    """The quickstart's run file lies beside the folder of its run, which is called like the algorithm."""
+    from fedlora.study.config import located
+
+    for name in ("flexlora", "minilm", "mine.jsonl", "other"):
+        (tmp_path / name).mkdir()
+    found = located(
+        {
+            "model": {"name": "minilm"},
+            "algorithm": {"name": "flexlora"},
+            "data": {"train": ["mine.jsonl:train", "mine.jsonl"], "test": "hub/name:test"},
+            "adapter": {"from": "other"},
+        },
+        tmp_path,
+    )
+    file = str(tmp_path / "mine.jsonl")
+    assert found == {
+        "model": {"name": "minilm"},
+        "algorithm": {"name": "flexlora"},
+        "data": {"train": [f"{file}:train", file], "test": "hub/name:test"},
+        "adapter": {"from": str(tmp_path / "other")},
+    }

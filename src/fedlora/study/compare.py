@@ -53,10 +53,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """A study, read and checked. ``base``: the run file's tables; ``settings``: the combinations to tune over (one
+    """A study, read and checked. ``base``: the run file's tables; ``folder``: where the grid's paths begin; ``settings``: the combinations to tune over (one
     empty one where nothing is tuned)."""
 
     base: Mapping[str, Any]
+    folder: Path
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
     settings: tuple[Cell, ...]
@@ -72,7 +73,7 @@ class Study:
         value.setdefault("output", {}).setdefault("client_adapters", "none")
         for key, entry in {**cell.changes, **setting.changes}.items():
             assign(value, key, entry)
-        return parse(value, f"{cell.name}, seed {seed}")
+        return parse(located(value, self.folder), f"{cell.name}, seed {seed}")
 
 
 def load_study(path: str | Path) -> Study:
@@ -97,7 +98,7 @@ def load_study(path: str | Path) -> Study:
     if len({cell.slug for cell in cells}) < len(cells):
         raise UserError(f"{file}: [grid] names a combination twice", "leave one out")
     tuned = combinations(settings.tune, f"{file}: [tune]")
-    study = Study(base, tuple(settings.seeds), cells, tuned, settings.target, settings.keep)
+    study = Study(base, file.parent, tuple(settings.seeds), cells, tuned, settings.target, settings.keep)
     for cell, setting in itertools.product(cells, tuned):
         build(study.config(cell, setting, study.seeds[0]))
     return study

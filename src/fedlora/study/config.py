@@ -12,11 +12,14 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fedlora.algorithms import ALGORITHMS
 from fedlora.data.settings import DataSettings
 from fedlora.errors import UserError
 
 Task = Literal["text-classification", "image-classification", "causal-lm"]
 Treatment = Literal["share", "private", "frozen"]
+BUILT_IN = ("minilm", "embedded-lm")
+"""Names of models that no folder of the same name hides."""
 
 
 class Section(BaseModel):
@@ -230,17 +233,21 @@ def assign(value: dict[str, Any], key: str, entry: Any) -> None:
 
 
 def located(value: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Data, model and algorithm paths that exist beside the run file (or here) become absolute; other names stay."""
+    """Data, model and algorithm paths that exist beside the run file (or here) become absolute; other names stay.
+
+    ``file.parquet:test`` and ``file.py:Class`` keep what follows the colon.
+    """
 
     def find(name: Any) -> Any:
         if isinstance(name, list):
             return [find(item) for item in name]
-        if not isinstance(name, str):
+        if not isinstance(name, str) or name in BUILT_IN or name in ALGORITHMS:
             return name
-        file, colon, rest = name.partition(":") if ".py:" in name else (name, "", "")
-        for candidate in (folder / file, Path(file)):
-            if file and candidate.exists():
-                return os.path.abspath(candidate) + colon + rest
+        head, colon, tail = name.rpartition(":")
+        for file, rest in ((name, ""), (head, colon + tail)):
+            for candidate in (folder / file, Path(file)):
+                if file and candidate.exists():
+                    return os.path.abspath(candidate) + rest
         return name
 
     places = {"data": ("train", "test", "validation"), "model": ("name",), "algorithm": ("name",), "adapter": ("from",)}
