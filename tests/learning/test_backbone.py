@@ -104,12 +104,20 @@ def test_the_exported_model_loads_and_gives_the_same_logits(tmp_path):
     torch.testing.assert_close(features(once_more) @ start["head/weight"].T + start["head/bias"], wanted)
 
 
-def test_a_projection_gives_private_models_one_width():
-    base = load_backbone(bert(), TEXT, labels=LABELS, projection=10, adapt=False)
+def test_a_private_map_gives_models_one_width():
+    base = load_backbone(bert(), TEXT, labels=LABELS, width=10, adapt=False)
     assert base.width == 10
     assert features(base).shape == (2, 10)
     assert base.sites == {}
-    assert "backbone/projection.weight" in base.own(("backbone",))
+    assert base.own(("backbone",))["backbone/head.weight"].shape == (10, 24)
+    again = load_backbone(bert(), TEXT, labels=LABELS, width=10, adapt=False)
+    assert torch.equal(features(again), features(base))  # drawn from the seed
+    assert not torch.equal(features(load_backbone(bert(), TEXT, labels=LABELS, width=10, seed=1)), features(base))
+    given = {"head/weight": torch.randn(3, 10), "head/bias": torch.randn(3)}
+    given["backbone/head.bias"] = torch.randn(10)
+    joined = base.plain(given)(input_ids=IDS, attention_mask=MASK).logits  # map and head as one linear head
+    mapped = features(base) - base.parameter("head.bias") + given["backbone/head.bias"]
+    torch.testing.assert_close(joined, mapped @ given["head/weight"].T + given["head/bias"], atol=1e-5, rtol=1e-5)
 
 
 def test_a_given_module_is_copied():

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from fedlora.adapters.inject import embeddings, inject, norms, remove, select
 from fedlora.adapters.lora import LaneLinear, Plan, applied
 from fedlora.errors import UserError
-from fedlora.federation.spec import Extras, ModelSpec
+from fedlora.federation.spec import Extras, ModelSpec, Tree
 from fedlora.learning.pooled import POOLINGS, hidden_size, masked_mean
 from fedlora.learning.sources import (
     Kind,
@@ -43,7 +43,8 @@ class Backbone:
     """A frozen model in evaluation mode with a LaneLinear at every adapted site.
 
     ``module``: the whole model; for classification its head is taken off (``head``, at ``head_path``), so that what it
-    calls logits are the features. ``processor``: its tokenizer or image processor (None for a module of one's own).
+    calls logits are the features; where a common width is asked for and its own is another, a linear map to that width
+    is in the head's place. ``processor``: its tokenizer or image processor (None for a module of one's own).
     """
 
     module: nn.Module
@@ -223,13 +224,40 @@ class Backbone:
             digest.update(repr(getattr(self.processor, "chat_template", None)).encode())
         return digest.hexdigest()
 
-    def plain(self) -> nn.Module:
-        """A copy of the model as it was loaded: no adapted layers, its head in place (for export)."""
+    def plain(self, values: Tree | None = None) -> nn.Module:
+        """A copy of the model as it was loaded: no adapted layers, its head in place (for export).
+
+        ``values``: ``backbone/...`` and ``head/...`` entries to put in. A map to a common width and the head after it
+        become one linear head.
+        """
+        values = values or {}
         model = copy.deepcopy(self.module)
+        with torch.no_grad():
+            for key, value in values.items():
+                if (path := self.reads(key)) is not None:
+                    model.get_parameter(self._actual[path]).copy_(value)
         remove(model)
         if self.head is not None:
-            put(model, self.head_path, copy.deepcopy(self.head).to(self.dtype))
+            head = {name: values.get(f"head/{name}", value) for name, value in self.head.named_parameters()}
+            found = model.get_submodule(self.head_path)
+            layer = joined(found, head) if isinstance(found, nn.Linear) else linear(head["weight"], head.get("bias"))
+            put(model, self.head_path, layer.to(self.device, self.dtype))
         return model
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A layer with given values."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.detach().clone())
+    layer.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+    return layer
+
+
+def joined(first: nn.Linear, head: Mapping[str, Tensor]) -> nn.Linear:
+    """The one layer that equals a head after a linear layer."""
+    weight, bias = head["weight"].to(first.weight), head.get("bias")
+    shift = weight @ first.bias
+    return linear(weight @ first.weight, shift if bias is None else shift + bias.to(shift))
 
 
 def load_backbone(
@@ -243,35 +271,40 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     processor: Any = None,
-    projection: int | None = None,
+    width: int | None = None,
     adapt: bool = True,
+    seed: int = 0,
 ) -> Backbone:
     """A model from a folder, a hub id, "minilm", "embedded-lm" or a module, ready for adapters.
 
     ``labels``: the label space of a classification. ``pooling``: "auto" (the model's own head where it was trained so,
     the mean over tokens for encoders, the last token for decoders, the class token for images), "mean", "cls", "last"
-    or "pooler". ``targets``, ``layers``: see ``inject.select``. ``projection``: a linear map to that width before the
-    head. ``adapt=False``: no sites (a private model). A given module is copied.
+    or "pooler". ``targets``, ``layers``: see ``inject.select``. ``width``: that of the representation; a model of
+    another width gets a linear map to it. ``adapt=False``: no sites (a private model). ``seed``: of what starts at
+    random. A given module is copied.
     """
     source = str(model) if isinstance(model, str | Path) else type(model).__name__
     if kind != "causal-lm" and not labels:
         raise UserError(f"{kind} needs labels", "name [data] labels or a label column")
     if pooling != "auto" and pooling not in POOLINGS:
         raise UserError(f"[model] pooling = {pooling!r}", f"choose auto, {', '.join(POOLINGS)}")
-    with quiet(), torch.random.fork_rng(devices=[]):  # a head's random start must not move the global stream
+    with quiet(), torch.random.fork_rng(devices=[]):  # a random start must not move the global stream
+        torch.random.default_generator.manual_seed(seed)
         if isinstance(model, nn.Module):
-            module, fits = classifier_of(copy.deepcopy(model), kind, labels, pooling, projection)
+            module, fits = classifier_of(copy.deepcopy(model), kind, labels, pooling)
         else:
             folder = folder_of(str(model))
-            module, fits = load_model(folder, source, kind, labels, pooling, projection)
+            module, fits = load_model(folder, source, kind, labels, pooling)
             processor = load_processor(folder, kind) if processor is None else processor
+        head, path = None, ""
+        if kind != "causal-lm":
+            path, found = find_head(module, len(labels))
+            head = ordered(found, module, labels)
+            same = width in (None, found.in_features)
+            put(module, path, nn.Identity() if same else nn.Linear(found.in_features, cast(int, width)))
+            head, fits = (head, fits) if same else (nn.Linear(cast(int, width), len(labels)), False)
     settle_padding(module, processor)
     move(module, dtype, device)
-    head, path = None, ""
-    if kind != "causal-lm":
-        path, found = find_head(module, len(labels))
-        head = ordered(found, module, labels)
-        put(module, path, nn.Identity())
     chosen = select(module, targets, layers, path or None) if adapt else {}
     switching = all(getattr(m, "_supports_sdpa", False) for m in module.modules() if isinstance(m, PreTrainedModel))
     known = isinstance(module, PreTrainedModel) and module.config._attn_implementation in ("eager", "sdpa")

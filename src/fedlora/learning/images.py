@@ -39,6 +39,21 @@ class Pixels:
         mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
         return (x * self.scale - mean) / std
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes ``preprocessor_config.json``."""
+        settings: dict[str, Any] = {
+            "do_resize": self.size is not None,
+            "do_rescale": True,
+            "rescale_factor": self.scale,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "resample": 3 if self.mode == "bicubic" else 2,
+        }
+        if self.size is not None:
+            settings["size"] = {"height": self.size[0], "width": self.size[1]}
+        Path(folder, "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
 
 def load_processor(folder: str) -> Pixels:
     """From a model's ``preprocessor_config.json``."""

