@@ -11,8 +11,9 @@ import pytest
 import torch
 from scipy.optimize import linprog
 
-from fedlora.algorithms.ce_lora import (
-    CELoRA,
+from fedlora.algorithms.ce_lora import CELoRA
+from fedlora.algorithms.similarity import (
+    blurred,
     cka,
     cosine,
     data_similarity,
@@ -25,6 +26,7 @@ from fedlora.federation.spec import Extras
 from reference.fake import SITES, SPEC, Fake, array, client, close, local, train
 
 CLIENTS = [client("a", examples=10), client("b", examples=30), client("c", examples=60)]
+IDENTITY = {"q/C": torch.eye(2)}
 pytest.importorskip("ot")
 
 
@@ -129,12 +131,12 @@ def test_similarities_are_scaled_over_pairs() -> None:
         n: {"q/C": torch.eye(2) + t}
         for n, t in (("a", torch.ones(2, 2)), ("b", torch.eye(2)), ("c", -torch.ones(2, 2)))
     }
-    agree = model_similarity(cores, cosine)  # raw: ab 1/sqrt 2, ac -1, bc -1/sqrt 2
+    agree = model_similarity(cores, IDENTITY, cosine)  # raw: ab 1/sqrt 2, ac -1, bc -1/sqrt 2
     assert agree["a", "b"] == 1
     assert agree["a", "c"] == 0
     assert agree["b", "c"] == pytest.approx((1 - math.sqrt(0.5)) / (1 + math.sqrt(0.5)))
-    assert model_similarity({"a": cores["a"], "b": cores["b"]}, cosine)["a", "b"] == 0.5  # a constant
-    assert model_similarity({"a": cores["a"]}, cosine) == {("a", "a"): 1.0}
+    assert model_similarity({"a": cores["a"], "b": cores["b"]}, IDENTITY, cosine)["a", "b"] == 0.5  # a constant
+    assert model_similarity({"a": cores["a"]}, IDENTITY, cosine) == {("a", "a"): 1.0}
 
 
 def introduced(ce: CELoRA, who: list[Any] = CLIENTS) -> tuple[Any, dict[str, Any]]:
@@ -157,7 +159,7 @@ def test_each_client_gets_its_own_mixture_of_cores(blend: float) -> None:
     after, updates = train(ce, state, CLIENTS, memories=memories)
     assert all(set(update.arrays) == {"down/C", "up/C"} for update in updates.values())
     near = data_similarity(["a", "b", "c"], after["distances"])
-    agree = model_similarity({n: u.arrays for n, u in updates.items()}, cosine)
+    agree = model_similarity({n: u.arrays for n, u in updates.items()}, ce.broadcast(state, CLIENTS[0], 1), cosine)
     for i in "abc":
         row = np.array([blend * near[i, j] + (1 - blend) * agree[i, j] for j in "abc"])
         row /= row.sum()
@@ -221,3 +223,63 @@ def test_mixed_ranks_are_refused_and_small_ones_warned_of(caplog: pytest.LogCapt
         Fake(features=examples(0)).run(ce.client_init(local(client("d", 2), 0)))
     ce.server_init(SPEC, 0)  # a site of rank 3
     assert "CKA" in caplog.text
+
+
+def test_frozen_bases_are_shared_orthonormal_and_only_cores_learn() -> None:
+    ce = CELoRA(bases="frozen", core_lr=0.5)
+    state, memories = introduced(ce)
+    start = memories["a"]["own"]
+    for site in SITES:
+        a, b = array(start[f"{site}/A"]), array(start[f"{site}/B"])
+        np.testing.assert_allclose(a @ a.T, np.eye(len(a)), atol=1e-6)
+        np.testing.assert_allclose(b.T @ b, np.eye(len(a)), atol=1e-6)
+        assert not array(start[f"{site}/C"]).any()
+    assert not np.allclose(array(start["up/A"])[:2, :2], array(start["down/A"])[:2, :2])
+    fake = Fake()
+    _, memory = fake.run(ce.client_update(ce.broadcast(state, CLIENTS[0], 1), memories["a"], local(CLIENTS[0])))
+    [order] = fake.log
+    assert order.train == ("C", "head")
+    assert dict(order.optimizer.lrs)["C"] == 0.5
+    for site in SITES:
+        assert torch.equal(memory["own"][f"{site}/A"], start[f"{site}/A"])
+    # one basis: the mixture of the cores is the mixture of the products
+    after, updates = train(ce, state, CLIENTS, memories=memories)
+    row, served = after["weights"]["a"], ce.broadcast(after, CLIENTS[0], 2)
+    b, a = array(start["up/B"]), array(start["up/A"])
+    products = sum(row[n] * (b @ array(u.arrays["up/C"]) @ a) for n, u in updates.items())
+    np.testing.assert_allclose(b @ array(served["up/C"]) @ a, products, atol=1e-6)
+
+
+@pytest.mark.parametrize(("mixing", "row"), [("uniform", [1 / 3, 1 / 3, 1 / 3]), ("own", [0.0, 1.0, 0.0])])
+def test_mixtures_to_ablate(mixing: Any, row: list[float]) -> None:
+    ce = CELoRA(mixing=mixing)
+    state, memories = introduced(ce, [*CLIENTS, client("d")])
+    after, updates = train(ce, state, CLIENTS, memories=memories)
+    served = ce.broadcast(after, CLIENTS[1], 2)
+    close(served["up/C"], sum(w * array(updates[n].arrays["up/C"]) for w, n in zip(row, "abc")))
+    # a newcomer has no core of its own to keep
+    assert sum(after["weights"]["d"].values()) == pytest.approx(1)
+
+
+def test_kaiming_start_and_statistics_as_they_are() -> None:
+    small, kaiming = CELoRA().begun(SPEC, 0), CELoRA(start_std=None).begun(SPEC, 0)
+    assert torch.equal(kaiming["up/A"], SPEC.adapter(SPEC.ranks, 0)["up/A"])
+    assert float(small["up/A"].abs().max()) < 0.1 * float(kaiming["up/A"].abs().max())
+    rng = np.random.default_rng(1)
+    wide = torch.tensor(rng.normal(size=(12, 40)))
+    assert statistics(wide, torch.zeros(12, dtype=torch.int64), None, 0)["means"].shape == (1, 40)
+    assert statistics(wide, torch.zeros(12, dtype=torch.int64), 32, 0)["means"].shape == (1, 32)
+
+
+def test_noise_is_in_units_of_the_features_deviation() -> None:
+    rng = np.random.default_rng(2)
+    x = torch.tensor(rng.normal(size=(4000, 3)) * 7 + 2)
+    labels = torch.tensor(np.repeat(np.arange(200), 20))
+    found = statistics(x, labels, None, 0)
+    moved = blurred(found, 0.5, seed=3)
+    change = array(moved["means"] - found["means"])
+    assert change.std() == pytest.approx(0.5 * array(x).std(), rel=0.1)
+    assert (array(moved["variances"]) >= 0).all()
+    scaled = {**found, "means": found["means"] * 10, "variances": found["variances"] * 100}
+    np.testing.assert_allclose(array(blurred(scaled, 0.5, 3)["means"] - scaled["means"]), 10 * change, rtol=1e-9)
+    assert torch.equal(moved["shares"], found["shares"])

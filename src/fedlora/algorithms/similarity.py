@@ -1,0 +1,136 @@
+"""How alike clients are (arXiv 2503.23869): by mixtures of their features, and by what their cores learnt."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlora.adapters.algebra import linalg
+from fedlora.errors import UserError
+from fedlora.federation.spec import Tree, derive, stream
+
+Pairs = Mapping[tuple[str, str], float]
+STATISTICS = ("shares", "means", "variances", "class", "counts")
+
+
+def statistics(features: Tensor, labels: Tensor, project: int | None, seed: int) -> dict[str, Tensor]:
+    """One Gaussian mixture per class with at least two examples; else one Gaussian over everything.
+
+    ``features`` (examples, width), ``labels`` (examples,), or (examples, tokens), which count as one class. Returns the
+    components of all classes: shares (k,), means (k, d), variances (k, d), class (k,), counts (k,) of the class.
+    """
+    sklearn: Any = importlib.import_module("sklearn.mixture")  # slow to import, and only needed here
+    x = features.double()
+    if project is not None and x.shape[1] > project:
+        draw = torch.randn(x.shape[1], project, generator=stream(seed, "projection"), dtype=torch.float64)
+        x = x @ draw / math.sqrt(project)
+    found = labels if labels.dim() == 1 else torch.zeros(len(x), dtype=torch.int64)
+    present = [c for c in classes(found) if int((found == c).sum()) >= 2]
+    groups = [(c, x[found == c]) for c in present] or [(-1, x)]
+    parts: dict[str, list[Any]] = {name: [] for name in STATISTICS}
+    for c, rows in groups:
+        components = max(1, min(3, len(rows) // 10))
+        if len(rows) > 1:
+            seeded = derive(seed, c) % 2**32
+            fitted = sklearn.GaussianMixture(components, covariance_type="diag", reg_covar=1e-4, random_state=seeded)
+            with warnings.catch_warnings():  # fewer distinct points than components, or no convergence: usable anyway
+                warnings.simplefilter("ignore")
+                fitted.fit(rows.numpy())
+            shares, means, variances = fitted.weights_, fitted.means_, fitted.covariances_
+        else:
+            shares, means, variances = np.ones(1), rows.numpy(), np.full((1, x.shape[1]), 1e-4)
+        parts["shares"].append(shares)
+        parts["means"].append(means)
+        parts["variances"].append(variances)
+        parts["class"].append(np.full(components, c))
+        parts["counts"].append(np.full(components, len(rows)))
+    return {name: torch.tensor(np.concatenate(pieces)) for name, pieces in parts.items()}
+
+
+def blurred(found: Tree, noise: float, seed: int) -> dict[str, Tensor]:
+    """Mixtures with Gaussian noise on means and sigmas: ``noise`` times the deviation of the mixture of everything,
+    so that it does not depend on the units of the features."""
+    shares = (found["shares"] * found["counts"])[:, None]
+    shares = shares / shares.sum()
+    centre = (shares * found["means"]).sum(0)
+    spread = (shares * (found["variances"] + (found["means"] - centre).square())).sum(0).mean().sqrt()
+    generator = stream(seed, "blur")
+    draws = torch.randn(2, *found["means"].shape, generator=generator, dtype=torch.float64) * noise * spread
+    sigmas = (found["variances"].sqrt() + draws[1]).abs()
+    return {**found, "means": found["means"] + draws[0], "variances": sigmas.square()}
+
+
+def classes(labels: Tensor) -> list[int]:
+    """The distinct values, sorted."""
+    return [int(c) for c in np.unique(labels.numpy())]
+
+
+def transport(a: Any, b: Any, cost: Any) -> float:
+    """The value of the optimal transport between two weightings."""
+    try:
+        ot: Any = importlib.import_module("ot")
+    except ImportError as error:
+        raise UserError(
+            "ce-lora compares clients with POT, which is not installed", "pip install 'fedlora[ce-lora]'"
+        ) from error
+    return float(ot.emd2(a, b, np.ascontiguousarray(cost)))
+
+
+def distance(a: Tree, b: Tree) -> float:
+    """D between two clients: the square root of the transport between their classes, any class to any class, whose cost
+    is the transport between the classes' mixtures, whose cost is ``|m - m'|^2 + sum (sigma - sigma')^2``."""
+    sigma_a, sigma_b = a["variances"].sqrt(), b["variances"].sqrt()
+    cost = (a["means"][:, None] - b["means"]).square().sum(-1) + (sigma_a[:, None] - sigma_b).square().sum(-1)
+    classes_a, classes_b = (classes(t["class"]) for t in (a, b))
+    between = np.zeros((len(classes_a), len(classes_b)))
+    for i, p in enumerate(classes_a):
+        for j, q in enumerate(classes_b):
+            rows, columns = a["class"] == p, b["class"] == q
+            shares_a, shares_b = a["shares"][rows].numpy(), b["shares"][columns].numpy()
+            between[i, j] = transport(shares_a, shares_b, cost[rows][:, columns].numpy())
+    mass_a = np.array([float(a["counts"][a["class"] == c][0]) for c in classes_a])
+    mass_b = np.array([float(b["counts"][b["class"] == c][0]) for c in classes_b])
+    return math.sqrt(max(0.0, transport(mass_a / mass_a.sum(), mass_b / mass_b.sum(), between)))
+
+
+def data_similarity(names: list[str], distances: Mapping[str, Mapping[str, float]]) -> Pairs:
+    """exp(-D / tau), tau the median non-zero distance; self 1."""
+    positive = [d for row in distances.values() for d in row.values() if d > 0]
+    tau = float(np.median(positive)) if positive else 1.0
+    return {(i, j): 1.0 if i == j else math.exp(-distances[min(i, j)][max(i, j)] / tau) for i in names for j in names}
+
+
+def model_similarity(cores: Mapping[str, Tree], begun: Tree, measure: Any) -> Pairs:
+    """The measure of C minus its start (I), averaged over sites; min-max over pairs, a constant becomes 0.5; self 1."""
+    moved = {
+        name: [c.double() - begun[site].double() for site, c in sorted(tree.items())] for name, tree in cores.items()
+    }
+    raw = {(i, j): sum(map(measure, moved[i], moved[j])) / len(moved[i]) for i in cores for j in cores if i < j}
+    low, high = (min(raw.values()), max(raw.values())) if raw else (0.0, 0.0)
+    scaled = {pair: (v - low) / (high - low) if high > low else 0.5 for pair, v in raw.items()}
+    return {(i, j): 1.0 if i == j else scaled[min(i, j), max(i, j)] for i in cores for j in cores}
+
+
+def cka(x: Tensor, y: Tensor) -> float:
+    """Linear CKA of two matrices; 0 where either has hardly moved."""
+    if min(float(linalg.norm(x)), float(linalg.norm(y))) < 1e-8:
+        return 0.0
+    x, y = x - x.mean(0), y - y.mean(0)
+    below = float(linalg.norm(x.T @ x) * linalg.norm(y.T @ y))
+    return float((x.T @ y).square().sum()) / below if below > 0 else 0.0
+
+
+def cosine(x: Tensor, y: Tensor) -> float:
+    """The cosine of two matrices as vectors (it sees opposite signs); 0 where either has hardly moved."""
+    size = float(linalg.norm(x)), float(linalg.norm(y))
+    return 0.0 if min(size) < 1e-8 else float((x * y).sum()) / (size[0] * size[1])
+
+
+MEASURES = {"cka": cka, "cosine": cosine}
