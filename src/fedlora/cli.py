@@ -93,11 +93,14 @@ def personalize(
     folder: RunFolder,
     data: Annotated[Path, typer.Option(help="the new client's examples, with the run's columns")],
     client: Annotated[str, typer.Option(help="its id")] = "new-client",
+    model: Annotated[
+        str | None, typer.Option(help="its own model, one of [clients] models (default: the first)")
+    ] = None,
 ) -> None:
     """Serve a client that joins after training: its adapter is written into the run folder."""
     from fedlora.study.after import personalize as serve
 
-    path, scores = serve(folder, data, client=client)
+    path, scores = serve(folder, data, client=client, backbone=model)
     for name, value in scores.items():
         typer.echo(f"{name}: {value:.4f}")
     typer.echo(f"wrote {path}")

@@ -38,6 +38,7 @@ class FedProto(Algorithm[Tree, Tree, Tree]):
     """
 
     given_start = False
+    private_backbones = True
 
     training: Training = field(default_factory=Training)
     strength: float = 1.0

@@ -35,6 +35,8 @@ class FML(Algorithm[Tree, Memory, Tree]):
     tensor([0.6930])
     """
 
+    private_backbones = True
+
     training: Training = field(default_factory=Training)
     extras: Extras = field(default_factory=Extras)
     a: float = 0.5

@@ -37,6 +37,7 @@ class PFedLoRA(Algorithm[Tree, Tree, Tree]):
     """
 
     given_start = False
+    private_backbones = True
 
     training: Training = field(default_factory=lambda: Training(optimizer=Optimizer("sgd", 0.01, 0.9, 1e-3)))
     rank: int = 3

@@ -68,6 +68,8 @@ class Algorithm(Generic[State, Memory, Value]):
     """Introduce all available clients before round 1, not only the newcomers of each cohort."""
     given_start: ClassVar[bool] = True
     """Its one adapter begins at ``ModelSpec.adapter``, which may hold a given one (``[adapter] from``)."""
+    private_backbones: ClassVar[bool] = False
+    """Clients may have models of their own (``Client.backbone``)."""
     federated: ClassVar[bool] = True
     """False: a bound to compare with (all data pooled); it is trained on one client that owns everybody's examples."""
 

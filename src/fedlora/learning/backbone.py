@@ -249,7 +249,8 @@ def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A layer with given values."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.detach().clone())
-    layer.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone())
     return layer
 
 
@@ -289,7 +290,7 @@ def load_backbone(
     if pooling != "auto" and pooling not in POOLINGS:
         raise UserError(f"[model] pooling = {pooling!r}", f"choose auto, {', '.join(POOLINGS)}")
     with quiet(), torch.random.fork_rng(devices=[]):  # a random start must not move the global stream
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         if isinstance(model, nn.Module):
             module, fits = classifier_of(copy.deepcopy(model), kind, labels, pooling)
         else:

@@ -177,7 +177,7 @@ class Learner:
         own: dict[str, Tensor] = {}
         if selectors:
             prefixes = {selector.split("/", 1)[0] for selector in selectors}
-            own = backbone.own(selectors)
+            own = {key: value.to(self.spec.dtype) for key, value in backbone.own(selectors).items()}
             if prefixes & {name.split("/", 1)[0] for name in self.spec.whole}:
                 start = self.spec.start(self.run_seed)
                 own |= {k: v for k, v in start.items() if k.split("/", 1)[0] in prefixes and readable(k, backbone)}

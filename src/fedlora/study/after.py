@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,34 +22,52 @@ from fedlora.study.deploy import deployed, write
 from fedlora.study.experiment import Experiment, assemble
 
 
-def evaluate(run: str | Path, data: str | Path, *, client: str | None = None, model: Any = None) -> dict[str, float]:
+def evaluate(
+    run: str | Path,
+    data: str | Path,
+    *,
+    client: str | None = None,
+    model: Any = None,
+    models: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
     """The scores of a run's global model (or of one client's deployed model) on a file with the run's columns.
 
     Raises UserError where there is no such model, or where the file holds labels that the run does not know.
     """
     place, config, saved = _finished(run)
-    found, _ = export.load(export.deployed(place, client))
+    found, _ = export.load(export.deployed(place, client), models)
     table = examples(str(data), config.data, config.model.task)
     table = table.add_column("split", ["test"] * len(table))  # type: ignore[arg-type]
-    experiment = _alone(config, place, "data", table, saved["ranks"], model)
+    experiment = _alone(config, place, "data", table, saved["ranks"], model, models)
     return _scores(experiment, found, "data")
 
 
 def personalize(
-    run: str | Path, data: str | Path, *, client: str = "new-client", model: Any = None
+    run: str | Path,
+    data: str | Path,
+    *,
+    client: str = "new-client",
+    backbone: str | None = None,
+    model: Any = None,
+    models: Mapping[str, Any] | None = None,
 ) -> tuple[Path, dict[str, float]]:
     """Introduces a new client to a finished run and writes what it would deploy: (its adapter's folder, test scores).
 
-    Its examples are split 70/10/20 like any client's; the server's state stays as it is.
+    Its examples are split 70/10/20 like any client's; the server's state stays as it is. ``backbone``: which of
+    ``[clients] models`` is its own (default: the first).
     """
     place, config, saved = _finished(run)
     target = place / "adapters" / export.CLIENTS / quoted(client)
     if client in saved["acked"] or target.exists():
         raise UserError(f"{place}: a client {client!r} is there already", "choose another --client id")
     table = examples(str(data), config.data, config.model.task)
-    experiment = _alone(config, place, client, table, saved["ranks"], model)
-    models = deployed(experiment, saved, experiment.fleet.clients[client])
-    best = next(iter(models.values()))
+    known, wanted = config.clients.models or [], backbone
+    if backbone is not None:
+        backbone = next((name for name in (backbone, os.path.abspath(backbone)) if name in known), None)
+    if wanted is not None and backbone is None:
+        raise UserError(f"--model {wanted}: not one of the run's [clients] models", f"choose {', '.join(known)}")
+    experiment = _alone(config, place, client, table, saved["ranks"], model, models, backbone)
+    best = next(iter(deployed(experiment, saved, experiment.fleet.clients[client]).values()))
     scores = _scores(experiment, best, client)
     write(experiment, target, best, client, scores.get(experiment.metric.name))
     return target, scores
@@ -64,11 +83,20 @@ def _finished(run: str | Path) -> tuple[Path, RunConfig, Mapping[str, Any]]:
 
 
 def _alone(
-    config: RunConfig, place: Path, client: str, table: datasets.Dataset, ranks: Mapping[str, int], model: Any
+    config: RunConfig,
+    place: Path,
+    client: str,
+    table: datasets.Dataset,
+    ranks: Mapping[str, int],
+    model: Any,
+    models: Mapping[str, Any] | None,
+    backbone: str | None = None,
 ) -> Experiment:
     """The run's model and algorithm with one other client, which holds the largest rank served and never trains."""
     names = {name: name for name in ("text", "label", "prompt", "response", "image") if getattr(config.data, name)}
-    return assemble(config.replace(data=names), place, model=model, clients={client: table}, largest=ranks)
+    config = config.replace(data=names)
+    given = {client: table}
+    return assemble(config, place, model=model, clients=given, models=models, largest=ranks, backbone_of=backbone)
 
 
 def _scores(experiment: Experiment, model: Model, client: str) -> dict[str, float]:

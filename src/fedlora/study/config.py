@@ -18,7 +18,7 @@ from fedlora.errors import UserError
 
 Task = Literal["text-classification", "image-classification", "causal-lm"]
 Treatment = Literal["share", "private", "frozen"]
-BUILT_IN = ("minilm", "embedded-lm")
+BUILT_IN = ("minilm", "embedded-lm", *(f"cnn-{i}" for i in range(1, 6)))
 """Names of models that no folder of the same name hides."""
 
 
@@ -29,7 +29,8 @@ class Section(BaseModel):
 
 
 class ModelSettings(Section):
-    """``[model]``. ``name``: a hub id, a folder, "minilm" (sentence encoder) or "embedded-lm" (the small causal LM)."""
+    """``[model]``. ``name``: a hub id, a folder, "minilm" (sentence encoder), "embedded-lm" (the small causal LM) or
+    "cnn-1" to "cnn-5"; default: the first of ``[clients] models``, where there are any."""
 
     name: str
     task: Task
@@ -63,9 +64,17 @@ class AdapterSettings(Section):
 
 class ClientSettings(Section):
     """``[clients]``. ``ranks``: one number, a list cycled over the clients, or a named distribution; default: the
-    adapter's rank."""
+    adapter's rank. ``models``: models of the clients' own, a list cycled over them: folders, hub ids, "cnn-1" to
+    "cnn-5"."""
 
     ranks: int | list[int] | str | None = None
+    models: list[str] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _not_base(self) -> ClientSettings:
+        if "base" in (self.models or ()):
+            raise ValueError("'base' stands for [model] name: name the model itself")
+        return self
 
 
 class AlgorithmSettings(BaseModel):
@@ -139,11 +148,21 @@ class RunConfig(Section):
     model: ModelSettings
     adapter: AdapterSettings = AdapterSettings()  # type: ignore[call-arg]
     data: DataSettings
-    clients: ClientSettings = ClientSettings()
+    clients: ClientSettings = ClientSettings()  # type: ignore[call-arg]
     algorithm: AlgorithmSettings
     training: TrainingSettings = TrainingSettings()  # type: ignore[call-arg]
     engine: EngineSettings = EngineSettings()
     output: OutputSettings = OutputSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_model(cls, values: Any) -> Any:
+        tables = values if isinstance(values, dict) else {}
+        model, clients = tables.get("model"), tables.get("clients")
+        names = clients.get("models") if isinstance(clients, dict) else None
+        if isinstance(model, dict) and "name" not in model and isinstance(names, list) and names:
+            return {**tables, "model": {**model, "name": names[0]}}
+        return values
 
     def replace(self, **sections: Mapping[str, Any]) -> RunConfig:
         """A copy with keys of some sections replaced: ``config.replace(engine={"lanes": 4})``."""
@@ -251,6 +270,7 @@ def located(value: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         return name
 
     places = {"data": ("train", "test", "validation"), "model": ("name",), "algorithm": ("name",), "adapter": ("from",)}
+    places |= {"clients": ("models",)}
     result = {key: dict(table) if isinstance(table, dict) else table for key, table in value.items()}
     for section, keys in places.items():
         table = result.get(section)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fedlora.adapters.algebra import sites
 from fedlora.federation.algorithm import Request
 from fedlora.federation.client import Job
 from fedlora.federation.memory import quoted
@@ -61,9 +62,16 @@ def write_adapters(
     return general
 
 
+def _whole(model: Model) -> bool:
+    """The shared base itself was trained, and no adapter is on it."""
+    return any(name.startswith("backbone/") for name in model.params) and not sites(model.params)
+
+
 def write(experiment: Experiment, folder: Any, model: Model, client: str | None, score: float | None) -> None:
     """One deployed model as a folder."""
     own = experiment.config.data.label_space == "client" and client is not None
+    backbone = experiment.learner.backbones[model.backbone]
+    own_model = model.backbone != "base" or _whole(model)
     counts = experiment.learner.facts(client)[1] if own and client is not None else {}
     about = export.About(
         export.settings(experiment.config),
@@ -71,8 +79,8 @@ def write(experiment: Experiment, folder: Any, model: Model, client: str | None,
         experiment.config.algorithm.name,
         client,
         {} if score is None else {experiment.metric.name: score},
-        export.recipe(experiment.backbone),
+        () if own_model else export.recipe(backbone),
         tuple(label for label, count in counts.items() if count),
     )
     start = export.heads(experiment.spec, experiment.config.seed)
-    export.save(folder, model, export.base_of(experiment.backbone), about, start)
+    export.save(folder, model, export.base_of(backbone), about, start, backbone if own_model else None)

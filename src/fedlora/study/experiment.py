@@ -29,6 +29,7 @@ from fedlora.learning.fast import measure
 from fedlora.learning.learner import Learner
 from fedlora.learning.tasks import Examples, Task
 from fedlora.study import algorithm as algorithms
+from fedlora.study import private
 from fedlora.study.config import RunConfig
 from fedlora.study.summary import Metric
 from fedlora.study.tasks import task_of
@@ -104,11 +105,14 @@ def assemble(
     *,
     model: Any = None,
     clients: Mapping[str, Any] | None = None,
+    models: private.Modules | None = None,
     largest: Mapping[str, int] | None = None,
+    backbone_of: str | None = None,
 ) -> Experiment:
     """Reads the data, loads the base, builds the algorithm, and settles every open choice of the configuration.
 
-    ``largest``: the clients given are newcomers to a finished run, which never train and have these ranks by site.
+    ``models``: modules that ``[clients] models`` names. ``largest``: the clients given are newcomers to a finished run,
+    which never train and have these ranks by site and the model ``backbone_of`` (None: the first).
     """
     kind = config.model.task
     strange = largest is not None
@@ -116,6 +120,7 @@ def assemble(
         build(config.data, kind) if clients is None else from_datasets(clients, config.data, kind, strangers=strange)
     )
     algorithm = algorithms.build(config)
+    private.require_suitable(config, algorithm)
     extras: Extras = getattr(algorithm, "extras", Extras())
     device = _device(config.engine.device)
     backbone = load_backbone(
@@ -127,9 +132,16 @@ def assemble(
         layers=config.adapter.layers,
         device=device,
         processor=getattr(model, "processor", None),
+        seed=config.seed,
     )
-    task = task_of(config, population, backbone)
-    examples = task.encode(population.table, backbone.processor)
+    backbones = {"base": backbone, **private.load(config, backbone, models, device)}
+    backbone.head_fits &= len(backbones) == 1  # heads of different models begin alike
+    task = task_of(config, population, *backbones.values())
+    stores = private.encoded(task, population.table, backbones)
+    private.require_representations(backbones, task, stores)
+    examples = stores["base"]
+    names = [backbone_of] if backbone_of else config.clients.models
+    own_models = private.assigned(names, population.clients)
     by_site = (
         dict.fromkeys(population.clients, largest) if largest is not None else _ranks(config, population, backbone)
     )
@@ -141,14 +153,15 @@ def assemble(
     if config.adapter.start:
         spec = _started(spec, config, algorithm, backbone, by_site)
     config = _resolved(config, algorithm, population, backbone, task, examples, spec)
-    backbone.to(DTYPES[config.model.dtype])
+    for one in backbones.values():
+        one.to(DTYPES[config.model.dtype])
     lanes = int(config.engine.lanes)
     owned = Validated(population.clients, config.data.seed) if config.training.validate_rounds else population.clients
-    members, splits, strangers = _members(algorithm, population, owned, examples, by_site, most)
+    members, splits, strangers = _members(algorithm, population, owned, examples, by_site, most, own_models)
     learner = Learner(
-        {"base": backbone},
+        backbones,
         task,
-        examples,
+        stores,
         splits,
         spec,
         config.seed,
@@ -190,6 +203,7 @@ def _members(
     examples: Examples,
     by_site: Mapping[str, Mapping[str, int]],
     most: Mapping[str, int],
+    own_models: Mapping[str, str],
 ) -> tuple[dict[str, Client], Mapping[str, Mapping[str, np.ndarray]], set[str]]:
     """Clients by id, their rows, and those that never train. What is no federation trains one client that owns
     everybody's rows; the others are only scored.
@@ -198,7 +212,7 @@ def _members(
     """
 
     def client(name: str, own: Mapping[str, int], rows: np.ndarray) -> Client:
-        return Client(name, own, examples=len(examples.units(rows)) or None)
+        return Client(name, own, own_models.get(name, "base"), len(examples.units(rows)) or None)
 
     def trained(name: str) -> np.ndarray:
         return np.concatenate([owned[name]["fit"], owned[name]["holdout"]])
@@ -260,6 +274,9 @@ def _resolved(
     """The configuration with all that was open: the algorithm's defaults, labels, alpha, the measured compute type."""
     config = algorithms.stated(config, algorithm)
     dtype = config.model.dtype
+    private_models = config.clients.models is not None
+    if dtype == "auto" and private_models:
+        dtype = "float32"  # they train whole
     if dtype == "auto":
         chosen = measure(backbone, task, examples, spec)
         dtype = str(chosen).removeprefix("torch.")
@@ -267,10 +284,13 @@ def _resolved(
     return config.replace(
         model={"dtype": dtype},
         adapter={"alpha": spec.alpha},
-        data={"labels": list(population.labels) or None},
+        data={
+            "labels": list(population.labels) or None,
+            "max_length": getattr(task, "max_length", None) if private_models else config.data.max_length,
+        },
         clients={"ranks": config.clients.ranks or config.adapter.rank},
         engine={
-            "lanes": LANES if auto.lanes == "auto" else auto.lanes,
+            "lanes": (1 if private_models else LANES) if auto.lanes == "auto" else auto.lanes,
             "tokens": TOKENS if auto.tokens == "auto" else auto.tokens,
             "device": os.fspath(_device(auto.device)),
         },

@@ -24,6 +24,7 @@ from fedlora.federation.memory import quoted
 from fedlora.federation.orders import Model, logits
 from fedlora.federation.spec import ModelSpec, Tree
 from fedlora.learning.pooled import PooledClassifier
+from fedlora.study import private
 from fedlora.study.algorithm import find
 from fedlora.study.code import named, revived
 from fedlora.study.config import RunConfig, nearest, parse
@@ -59,8 +60,10 @@ class About:
 def settings(config: RunConfig) -> dict[str, Any]:
     """What of a run file a deployed model needs: the model, the adapted layers, and how inputs become tokens."""
     data = config.data.model_dump(mode="json", include={"text", "image", "prompt", "response", "max_length"})
+    clients = config.clients.model_dump(mode="json", include={"models"})
     adapter = config.adapter.model_dump(mode="json", include={"targets", "layers"})
-    return {"model": config.model.model_dump(mode="json"), "adapter": adapter, "data": data}
+    own = {"clients": clients} if config.clients.models else {}
+    return {"seed": config.seed, "model": config.model.model_dump(mode="json"), "adapter": adapter, "data": data} | own
 
 
 def config_of(about: About) -> RunConfig:
@@ -122,24 +125,37 @@ def rebuilt(about: About, device: str = "cpu") -> Backbone:
         targets=config.adapter.targets,
         layers=config.adapter.layers,
         device=device,
+        seed=config.seed,
     )
 
 
 # -- writing and reading a model
 
 
-def save(folder: str | Path, model: Model, base: Base, about: About, start: Tree | None = None) -> None:
+def save(
+    folder: str | Path,
+    model: Model,
+    base: Base,
+    about: About,
+    start: Tree | None = None,
+    own: Backbone | None = None,
+) -> None:
     """Writes a model as a folder, whole or not at all; one that is there is replaced.
 
     A plain model (also several adapters with constant weights, and shared changes) is one PEFT adapter, exactly. With a
     gate, an own ``predict`` or private weights, each part is a PEFT folder of its own and ``fedlora.json`` names the
-    code. ``start``: see ``to_peft``.
+    code. ``start``: see ``to_peft``. ``own``: the client's own model, where it has one: it is written whole, in its
+    own format.
     """
     with replacing(folder) as fresh:
-        parts = _plain(fresh, model, base, start) if not not_plain(model) else _parts(fresh, model, base, start)
+        if own is not None:
+            parts = {"own": private.write(fresh, model, own, start or {}), **_code(model)}
+        else:
+            parts = _plain(fresh, model, base, start) if not not_plain(model) else _parts(fresh, model, base, start)
         content = {"format": 1, **dataclasses.asdict(about), "head": base.head, "model": parts}
         (fresh / ABOUT).write_text(json.dumps(content, indent=2) + "\n")
-        (fresh / "README.md").write_text(card(about, base, _use_parts() if not_plain(model) else _use_adapter(about)))
+        use = _use_own(parts["own"]) if own else _use_parts() if not_plain(model) else _use_adapter(about)
+        (fresh / "README.md").write_text(card(about, base, use))
 
 
 def _plain(folder: Path, model: Model, base: Base, start: Tree | None) -> dict[str, Any]:
@@ -162,7 +178,12 @@ def _parts(folder: Path, model: Model, base: Base, start: Tree | None) -> dict[s
         described["shared"] = _part("shared", flatten(Model({}, shared=model.shared)))
     if own:
         save_file({n: v.detach().cpu().clone().contiguous() for n, v in own.items()}, folder / "extra.safetensors")
-    return described | {
+    return described | _code(model)
+
+
+def _code(model: Model) -> dict[str, Any]:
+    """How the parts are joined."""
+    return {
         "weights": named(model.weights) if callable(model.weights) else model.weights and list(model.weights),
         "predict": None if model.predict is logits else named(model.predict),
         "backbone": model.backbone,
@@ -174,25 +195,38 @@ def _part(folder: str, tree: Tree) -> dict[str, Any]:
     return {"folder": folder, "whole": sorted(n for n in whole(tree) if not n.startswith("extra/"))}
 
 
-def load(folder: str | Path) -> tuple[Model, About]:
-    """The model of a folder that ``save`` wrote; UserError names what is missing or unknown."""
+def load(folder: str | Path, models: Mapping[str, Any] | None = None) -> tuple[Model, About]:
+    """The model of a folder that ``save`` wrote (``models``: as for ``run``); UserError names what is missing."""
+    model, about, _ = opened(folder, models)
+    return model, about
+
+
+def opened(folder: str | Path, models: Mapping[str, Any] | None = None) -> tuple[Model, About, Backbone | None]:
+    """``load``, and the client's own model where the folder has one."""
     path = Path(folder)
     content = _content(path)
     described = content["model"]
     head = content["head"]
-    extra = path / "extra.safetensors"
+    fields: dict[str, Any] = {f.name: content[f.name] for f in dataclasses.fields(About)}
+    fields |= {name: tuple(fields[name]) for name in ("labels", "recipe", "own_labels")}
+    about, own = About(**fields), None
+    if "own" in described:
+        task = config_of(about).model.task
+        module = (models or {}).get(described["backbone"])
+        own, params = private.read(path, described["own"], task, about.labels, module)
+    else:
+        extra = path / "extra.safetensors"
+        params = _read(path, described["params"], head) | (load_file(extra) if extra.exists() else {})
     weights = described.get("weights")
     model = Model(
-        _read(path, described["params"], head) | (load_file(extra) if extra.exists() else {}),
+        params,
         tuple(_read(path, part, head) for part in described.get("others", ())),
         revived(weights, path) if isinstance(weights, Mapping) else weights and tuple(weights),
         (_read(path, described["shared"], head),) if "shared" in described else (),
         described.get("backbone", "base"),
         revived(described["predict"], path) if described.get("predict") else logits,
     )
-    fields: dict[str, Any] = {f.name: content[f.name] for f in dataclasses.fields(About)}
-    fields |= {name: tuple(fields[name]) for name in ("labels", "recipe", "own_labels")}
-    return model, About(**fields)
+    return model, about, own
 
 
 def _read(folder: Path, part: Mapping[str, Any], head: str) -> dict[str, Any]:
@@ -330,6 +364,16 @@ def _use_adapter(about: About) -> str:
 
 def _use_parts() -> str:
     return f"Several parts, joined by the code that `{ABOUT}` names:\n\n{SHELL}"
+
+
+def _use_own(part: Mapping[str, Any]) -> str:
+    folder = part["folder"]
+    if not part["transformers"]:
+        return f"The state of a `{part['class']}` is `{folder}/model.safetensors`.\n"
+    package, _, name = part["class"].rpartition(".")
+    package = "transformers" if package.startswith("transformers.") else package
+    lines = (f"from {package} import {name}", "", f'model = {name}.from_pretrained("THIS_FOLDER/{folder}").eval()')
+    return "The client's own model:\n\n```python\n" + "\n".join(lines) + f"\n```\n\nor\n\n{SHELL}"
 
 
 def _use_merged(module: nn.Module) -> str:

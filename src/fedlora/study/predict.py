@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -20,7 +21,7 @@ from fedlora.learning.generation import answers
 from fedlora.learning.lanes import FORBIDDEN, Held, Merges, Stack
 from fedlora.learning.tasks import CausalLM, ImageClassification, TextClassification
 from fedlora.study.config import RunConfig
-from fedlora.study.export import About, config_of, deployed, load, rebuilt
+from fedlora.study.export import About, config_of, deployed, opened, rebuilt
 from fedlora.study.tasks import max_length
 
 BATCH, TOKENS = 32, 2048
@@ -51,16 +52,18 @@ def predict(
     texts: Sequence[str],
     client: str | None = None,
     *,
+    models: Mapping[str, Any] | None = None,
     device: str = "cpu",
     max_new_tokens: int = 64,
 ) -> list[Prediction] | list[str]:
     """Predicts with a run's model of a client (None: the global one), or with an exported folder.
 
     ``texts``: texts to classify, image files to classify, or prompts, which are answered greedily in at most
-    ``max_new_tokens``. Raises UserError where there is no such model.
+    ``max_new_tokens``. ``models``: the modules of a run that was given any. Raises UserError where there is no such
+    model.
     """
-    model, about = load(deployed(folder, client))
-    config, backbone = config_of(about), rebuilt(about, device)
+    model, about, own = opened(deployed(folder, client), models)
+    config, backbone = config_of(about), own.to(device=device) if own else rebuilt(about, device)
     stack = stacked(backbone, model)
     if backbone.kind == "causal-lm":
         examples, units = _prompts(config, backbone, texts)
@@ -75,8 +78,6 @@ def predict(
 
 def stacked(backbone: Backbone, model: Model) -> Stack:
     """A model on its base, ready for forward passes with one lane."""
-    if model.backbone != "base":
-        raise UserError(f"the model sits on a private backbone {model.backbone!r}", "load it with fedlora.study.export")
     head = {name: value for name, value in model.params.items() if name.startswith("head/")}
     held = Held(model, model.params)
     stack = Stack(backbone, backbone.spec(1), head, Merges(), held, 1, {})

@@ -35,6 +35,7 @@ def run(
     *,
     model: Any = None,
     clients: Mapping[str, Any] | None = None,
+    models: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     name: str = "run",
     progress: bool = False,
@@ -44,7 +45,8 @@ def run(
 
     ``config`` is a run file, nested plain values or a RunConfig; ``overrides`` replace keys of sections
     (``training={"rounds": 3}``). ``model`` (a transformers model) and ``clients`` ({id: datasets.Dataset}) may be given
-    as objects instead of by name.
+    as objects instead of by name, also ``models``: torch modules under the names that ``[clients] models`` uses (with
+    their tokenizer as ``module.processor``, else the base's).
 
     Raises UserError for what the user can put right, Interrupted on Ctrl-C (the run can be resumed).
     """
@@ -55,7 +57,7 @@ def run(
     folder = files.fresh(out or config.output.dir, f"{name}-{files.safe(config.algorithm.name)}")
     with files.owned(folder):
         try:
-            experiment = assemble(config, folder, model=model, clients=clients)
+            experiment = assemble(config, folder, model=model, clients=clients, models=models)
         except BaseException:
             files.discard_empty(folder)
             raise
@@ -69,6 +71,7 @@ def resume(
     rounds: int | None = None,
     model: Any = None,
     clients: Mapping[str, Any] | None = None,
+    models: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Result:
     """Goes on with an interrupted run, bit for bit as if it had not stopped; ``rounds`` is a new total."""
@@ -77,7 +80,7 @@ def resume(
         config = load(place / "config.toml")
         if rounds is not None:
             config = config.replace(training={"rounds": rounds})
-        experiment = assemble(config, place, model=model, clients=clients)
+        experiment = assemble(config, place, model=model, clients=clients, models=models)
         saved = checkpoints.latest(place / "checkpoints")
         if saved is not None and int(saved["round"]) > config.training.rounds:
             raise UserError(

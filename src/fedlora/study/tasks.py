@@ -11,12 +11,12 @@ LONGEST = {"text-classification": 128, "causal-lm": 256}
 """Tokens of an example where the run file does not say; no more than the model can place."""
 
 
-def task_of(config: RunConfig, population: Population, backbone: Backbone) -> Task:
-    """The task of a run, reading the columns that a population has."""
+def task_of(config: RunConfig, population: Population, *backbones: Backbone) -> Task:
+    """The task of a run, reading the columns that a population has; no longer texts than every backbone can place."""
     kind = config.model.task
     if kind == "image-classification":
         return ImageClassification(population.labels)
-    length = max_length(config, backbone)
+    length = min(max_length(config, backbone) for backbone in backbones)
     if kind == "text-classification":
         return TextClassification(population.labels, max_length=length)
     text = "text" if "text" in population.fields else None

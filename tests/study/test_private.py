@@ -1,0 +1,213 @@
+"""Clients with models of their own, from the command line to the exported folder: transformers of different widths,
+CNNs, and torch modules."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from torch import nn
+from typer.testing import CliRunner
+
+import fedlora
+from fedlora.cli import app
+from fedlora.errors import UserError
+from fedlora.study import export
+from fedlora.study.config import load
+from fedlora.study.predict import _inputs, scores, stacked
+from study import tiny
+
+SHORT = "rounds = 2\nepochs = 1\nbatch_size = 8\nlr = 0.05\neval_every = 0\n"
+
+
+def decoder(folder: Path) -> Path:
+    """A random Llama of width 24, without a head."""
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, pad_token_id=0
+    )
+    return tiny._saved(transformers.LlamaModel, config, folder)
+
+
+def cli(*arguments: object) -> str:
+    found = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert found.exit_code == 0, found.output
+    return found.output
+
+
+def own_logits(folder: Path, client: str, texts: list[str], column: str, models: object = None) -> torch.Tensor:
+    """What ``predict`` computes of a client's deployed model, before the softmax."""
+    model, about, own = export.opened(export.deployed(folder, client), models)  # type: ignore[arg-type]
+    assert own is not None
+    return scores(stacked(own, model), model, _inputs(export.config_of(about), own, about, texts))
+
+
+def two_transformers(tmp_path: Path, algorithm: str = "pfedlora") -> Path:
+    tiny.encoder(tmp_path / "wide")
+    decoder(tmp_path / "narrow")
+    tiny.reviews(tmp_path / "mine.jsonl", rows=90)
+    file = tmp_path / "my.toml"
+    file.write_text(
+        '[model]\ntask = "text-classification"\n[data]\ntrain = "mine.jsonl"\ntext = "text"\nlabel = "label"\n'
+        'partition = {clients = 3}\n[clients]\nmodels = ["wide", "narrow"]\n'
+        f'[algorithm]\nname = "{algorithm}"\n[training]\n{SHORT}'
+    )
+    return file
+
+
+def test_two_transformers_of_different_widths(tmp_path: Path) -> None:
+    file, run = two_transformers(tmp_path), tmp_path / "run"
+    cli("run", file, "--out", run)
+    summary = json.loads((run / "summary.json").read_text())
+    assert list(summary["personal"]["variants"]) == ["local", "mix"]
+    assert summary["global"] is None
+    adapter = (3 * 32 + 3 * 3) * 4  # rank 3, width 32, three labels, float32
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(adapter <= lines[1]["bytes"][way] / 3 < adapter + 400 for way in ("up", "down"))
+    config = load(run / "config.toml")
+    assert config.clients.models == [str(tmp_path / "wide"), str(tmp_path / "narrow")]
+    assert config.model.name == str(tmp_path / "wide")
+    assert (config.model.dtype, config.engine.lanes) == ("float32", 1)
+    # every part in its own format: transformers reads each client's model, and the export gives the same logits
+    texts = ["the old horse sees", "one big plum near a saw"]
+    for client, width in (("0", 32), ("1", 24)):
+        logits = own_logits(run, client, texts, "text")
+        cli("export", run, "--client", client, "--to", tmp_path / f"export-{client}")
+        torch.testing.assert_close(own_logits(tmp_path / f"export-{client}", client, texts, "text"), logits)
+        plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / f"export-{client}/backbone")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / f"export-{client}/backbone")
+        assert plain.head.in_features == width  # its map to the common width and its head are one layer
+        given = tokenizer(texts, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            found = plain.eval()(given["input_ids"], given["attention_mask"]).logits
+        torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-4)
+        assert cli("predict", tmp_path / f"export-{client}", "--text", texts[0]) == cli(
+            "predict", run, "--client", client, "--text", texts[0]
+        )
+        said = cli("evaluate", run, "--data", tmp_path / "mine.jsonl", "--client", client)
+        assert "accuracy" in said
+    moved = tmp_path / "elsewhere"  # an export needs neither the run nor the models that it began with
+    shutil.copytree(tmp_path / "export-1", moved)
+    for folder in ("wide", "narrow", "run", "export-1"):
+        shutil.rmtree(tmp_path / folder)
+    assert fedlora.predict(moved, texts)
+
+
+def test_resuming_is_not_interrupting(tmp_path: Path) -> None:
+    file = two_transformers(tmp_path)
+    cli("run", file, "--out", tmp_path / "whole")
+    cli("run", file, "--out", tmp_path / "parts", "--set", "training.rounds=1")
+    cli("resume", tmp_path / "parts", "--rounds", 2)
+    for client in ("0", "1", "2"):
+        one, other = (export.opened(export.deployed(tmp_path / name, client))[0] for name in ("whole", "parts"))
+        assert one.params.keys() == other.params.keys()
+        assert all(torch.equal(one.params[key], other.params[key]) for key in one.params)
+
+
+def test_a_newcomer_with_a_model_of_its_choice(tmp_path: Path) -> None:
+    file, run = two_transformers(tmp_path), tmp_path / "run"
+    cli("run", file, "--out", run)
+    fresh = tiny.reviews(tmp_path / "fresh.jsonl", rows=30, seed=1)
+    cli("personalize", run, "--data", fresh, "--client", "new", "--model", tmp_path / "narrow")
+    model, _, own = export.opened(export.deployed(run, "new"))
+    assert own is not None
+    assert model.backbone == str(tmp_path / "narrow")
+    assert model.params["backbone/head.weight"].shape == (32, 24)
+    with pytest.raises(UserError, match="not one of the run's"):
+        fedlora.personalize(run, fresh, client="other", backbone="wrong")
+
+
+def photos(folder: Path, labels: int = 3, each: int = 20, size: int = 20) -> Path:
+    """Small noise pictures with a bright channel per label."""
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    for label in range(labels):
+        (folder / f"class-{label}").mkdir(parents=True)
+        for i in range(each):
+            pixels = rng.integers(0, 90, (size, size, 3), dtype=np.uint8)
+            pixels[..., label] += 120
+            image.fromarray(pixels).save(folder / f"class-{label}" / f"{i}.png")
+    return folder
+
+
+def test_two_cnns_on_small_images(tmp_path: Path) -> None:
+    one = photos(tmp_path / "photos") / "class-0" / "0.png"
+    file, run = tmp_path / "my.toml", tmp_path / "run"
+    file.write_text(
+        '[model]\ntask = "image-classification"\n[data]\ntrain = "photos"\nimage = "image"\nlabel = "label"\n'
+        'partition = {clients = 2}\n[clients]\nmodels = ["cnn-5", "cnn-2"]\n[algorithm]\nname = "pfedlora"\n'
+        "[training]\nrounds = 2\nepochs = 2\nbatch_size = 8\nlr = 0.02\n"
+    )
+    cli(
+        "run",
+        file,
+        "--out",
+        run,
+        "--set",
+        "training.eval_every=0",
+        "--set",
+        "data.labels=['class-2','class-0','class-1']",
+    )
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["personal"]["mean"] > 0.8
+    memory = next((run / "memories").rglob("1/*.safetensors"))
+    assert memory.stat().st_size > 6e6  # the whole CNN-2 lies with the client
+    logits = own_logits(run, "1", [str(one)], "image")
+    cli("export", run, "--client", "1", "--to", tmp_path / "export")
+    torch.testing.assert_close(own_logits(tmp_path / "export", "1", [str(one)], "image"), logits)
+    assert cli("predict", tmp_path / "export", "--text", one).startswith("class-0")
+    assert cli("predict", run, "--client", "1", "--text", one).startswith("class-0")
+
+
+class Bag(nn.Module):
+    """A user's own classifier, whose last linear layer is called head."""
+
+    def __init__(self, width: int = 20, head: bool = True) -> None:
+        super().__init__()
+        self.table = nn.Embedding(64, width)
+        if head:
+            self.head = nn.Linear(width, 3)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        hidden = (self.table(ids) * mask[..., None]).sum(1)
+        return self.head(hidden) if hasattr(self, "head") else hidden
+
+
+def test_torch_modules_beside_transformers(tmp_path: Path) -> None:
+    file = two_transformers(tmp_path)
+    changed = load(file, ["clients.models=['wide', 'bag']"])
+    models = {"bag": Bag()}
+    fedlora.run(changed, models=models, out=tmp_path / "run")
+    texts = ["the old horse sees"]
+    logits = own_logits(tmp_path / "run", "1", texts, "text", models)
+    state = Bag()
+    safetensors.torch.load_model(state, str(tmp_path / "run/adapters/clients/1/backbone/model.safetensors"))
+    ids = tiny.tokenizer()(texts, return_tensors="pt")
+    torch.testing.assert_close(state(ids["input_ids"], ids["attention_mask"]), logits, atol=1e-5, rtol=1e-4)
+    assert fedlora.predict(tmp_path / "run", texts, client="1", models=models)
+    with pytest.raises(UserError, match="of your own class"):
+        fedlora.predict(tmp_path / "run", texts, client="1")
+
+
+def test_what_gives_no_representation_is_refused(tmp_path: Path) -> None:
+    config = transformers.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    tiny._saved(transformers.T5Model, config, tmp_path / "t5")
+    file = two_transformers(tmp_path)
+
+    def refused(reason: str, *changes: str, **given: nn.Module) -> None:
+        with pytest.raises(UserError, match=reason):
+            fedlora.run(load(file, changes), models=given, out=tmp_path / "run")
+
+    refused("t5' gives no representation of an example: You must", "clients.models=['wide', 't5']")
+    refused("bag' gives no representation.*no linear head", "clients.models=['wide', 'bag']", bag=Bag(head=False))
+    refused("nothing' gives no representation", "clients.models=['wide', 'nothing']")
+    refused("adapters on one base", "algorithm.name=fedit")
+    spoken = load(file).replace(model={"task": "causal-lm"}, data={"label": None})
+    with pytest.raises(UserError, match="no labels in common"):
+        fedlora.run(spoken, out=tmp_path / "run")
+    refused("'base' stands for", "clients.models=['base']")
