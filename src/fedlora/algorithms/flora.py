@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from fedlora.adapters.algebra import adapter, add, cast, difference, shapes, whole
-from fedlora.algorithms.merging import trained
+from fedlora.algorithms.merging import received, sent, trained
 from fedlora.federation.aggregate import Products
 from fedlora.federation.algorithm import Algorithm, Kind, Update
 from fedlora.federation.orders import Model, Training, Work
@@ -59,8 +57,7 @@ class FLoRA(Algorithm[State, Tree, Tree]):
         }
 
     def broadcast(self, state: State, client: Client, round: int) -> Tree:
-        merges = {f"{when}:{key}": value for when, merge in state["merges"].items() for key, value in merge.items()}
-        return {**state["whole"], **merges}
+        return {**state["whole"], **sent(state["merges"])}
 
     def client_update(self, payload: Tree, memory: Tree, local: Local) -> Work[tuple[Update, Tree]]:
         shared, merges = received(payload)
@@ -90,12 +87,3 @@ class FLoRA(Algorithm[State, Tree, Tree]):
         name = "personal" if self.extras.personal else "merged"
         return {name: Model({**shared, **memory}, shared=merges)}
         yield
-
-
-def received(payload: Tree) -> tuple[dict[str, Tensor], tuple[Tree, ...]]:
-    """The whole parameters and the merges, oldest first."""
-    merges: dict[str, dict[str, Tensor]] = {}
-    for key in sorted(key for key in payload if ":" in key):
-        when, name = key.split(":", 1)
-        merges.setdefault(when, {})[name] = payload[key]
-    return {key: value for key, value in payload.items() if ":" not in key}, tuple(merges.values())

@@ -18,6 +18,7 @@ from fedlora.adapters.algebra import (
     add,
     cast,
     difference,
+    part,
     ranks,
     sites,
     truncate,
@@ -26,7 +27,7 @@ from fedlora.adapters.algebra import (
 )
 from fedlora.errors import UserError
 from fedlora.federation.aggregate import Mean, Products
-from fedlora.federation.algorithm import Aggregator
+from fedlora.federation.algorithm import Aggregator, Update
 from fedlora.federation.orders import Model
 from fedlora.federation.spec import Client, Extras, ModelSpec, Tree, derive
 
@@ -94,6 +95,21 @@ def sliced(tree: Tree, client: Client, rule: State) -> dict[str, Tensor]:
         served[f"{site}/B"] = left if torch.equal(own, scale) else left * (scale / own)
         served[f"{site}/scale"] = own
     return served
+
+
+def sent(merges: Mapping[str, Tree]) -> dict[str, Tensor]:
+    """Changes of the base as they travel, by the round they were made in: a wire that remembers what a peer holds sends
+    only the new ones, and a client that missed rounds gets all it missed."""
+    return {f"{when}:{key}": value for when, merge in merges.items() for key, value in merge.items()}
+
+
+def received(payload: Tree) -> tuple[dict[str, Tensor], tuple[Tree, ...]]:
+    """The inverse at a client: everything else, and the merges, oldest first."""
+    merges: dict[str, dict[str, Tensor]] = {}
+    for key in sorted(key for key in payload if ":" in key):
+        when, name = key.split(":", 1)
+        merges.setdefault(when, {})[name] = payload[key]
+    return {key: value for key, value in payload.items() if ":" not in key}, tuple(merges.values())
 
 
 class Merging(Protocol):
@@ -230,6 +246,48 @@ class Svd:
 
     def measures(self, state: State) -> Mapping[str, float]:
         return {f"truncation/{site}": error for site, error in state["error"].items()}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The means of what was sent, and the exact mean product of the factors: what averaging factors misses.
+
+        sum p_i B_i A_i - mean(B) mean(A) = sum p_i dB_i dA_i - mean(dB) mean(dA)
+
+    for A_i = A + dA_i and B_i = B + dB_i: a covariance, so that differences from a common start are enough. The report
+    holds both terms, ``mean`` and ``products``; ``residual`` subtracts them.
+    """
+
+    streaming = True
+    linear = True  # in the lifted update (dA, dB, dB dA)
+
+    def zero(self) -> dict[str, Any]:
+        return {"mean": Mean().zero(), "products": Products().zero()}
+
+    def accumulate(self, acc: Mapping[str, Any], client: Client, update: Update) -> dict[str, Any]:
+        pairs = part(update.arrays, ("A", "B"))
+        one = {f"{site}/scale": torch.ones((), dtype=torch.float64) for site in sites(pairs)}
+        products = Products().accumulate(acc["products"], client, Update(pairs | one, update.weight, {}))
+        return {"mean": Mean().accumulate(acc["mean"], client, update), "products": products}
+
+    def merge(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+        products = Products().merge(a["products"], b["products"])
+        return {"mean": Mean().merge(a["mean"], b["mean"]), "products": products}
+
+    def report(self, acc: Mapping[str, Any]) -> dict[str, Any]:
+        return {"mean": Mean().report(acc["mean"]), "products": Products().report(acc["products"])}
+
+
+def residual(value: Mapping[str, Tree], site: str) -> dict[str, Tensor]:
+    """``sum p_i B_i A_i - mean(B) mean(A)`` of one site from a ``Spread``, stacked factors (scale 1) or dense."""
+    products, right, left = value["products"], value["mean"][f"{site}/A"], value["mean"][f"{site}/B"]
+    if f"{site}/W" in products:
+        return {f"{site}/W": products[f"{site}/W"] - left @ right}
+    return {
+        f"{site}/A": torch.cat([products[f"{site}/A"], right]),
+        f"{site}/B": torch.cat([products[f"{site}/B"], -left], 1),
+        f"{site}/scale": torch.ones((), dtype=torch.float64),
+    }
 
 
 Second = Callable[[Tensor, Tensor, float], Tensor]
