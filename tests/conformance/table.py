@@ -43,10 +43,14 @@ TABLE: Mapping[str, Row] = {
     "replication": Row(ranks="mixed", shares=0.03),
     "slora": Row({"sparse_rounds": 2, "density": 0.2}, shares=0.04),
     "fdlora": Row(shares=0.05),
+    "standalone": Row(ranks="unused", private=True),
     "pfedlora": Row({"training": SGD}, ranks="unused", private=True),
     "ce-lora": Row(),
     "feddpa": Row(shares=0.03),
     "fml": Row(private=True, shares=0.01),
+    "fedkd": Row(private=True),
+    "lg-fedavg": Row(ranks="unused", private=True),
+    "fedgh": Row(ranks="unused", private=True),
     "fedproto": Row(ranks="unused", private=True),
 }
 

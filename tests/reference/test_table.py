@@ -24,6 +24,8 @@ ALLOWED = {
     "fedlora.federation.spec",
     "fedlora.federation.aggregate",
     "fedlora.adapters.algebra",
+    "fedlora.algorithms.distillation",
+    "fedlora.algorithms.prototypes",
     "fedlora.errors",
     # what several algorithms share: a file of this folder that is no algorithm of the table
     *(f"fedlora.algorithms.{file.stem}" for file in FOLDER.glob("*.py") if file.stem not in OWN),

@@ -69,10 +69,12 @@ def select(
 ) -> dict[str, nn.Module]:
     """The layers to adapt, by path.
 
-    ``targets``: "auto", or patterns; a pattern is a path, its last part(s), a glob or a regular expression of the whole
-    path. ``layers``: block numbers, negative ones from the end. A pattern or a block that matches nothing is a
-    ``UserError`` that lists what there is.
+    ``targets``: "auto", or patterns (none: no layer); a pattern is a path, its last part(s), a glob or a regular
+    expression of the whole path. ``layers``: block numbers, negative ones from the end. A pattern or a block that
+    matches nothing is a ``UserError`` that lists what there is.
     """
+    if not targets:
+        return {}
     found = candidates(model, head)
     patterns = auto(model) if targets == "auto" else (targets,) if isinstance(targets, str) else tuple(targets)
     if patterns is None or (targets == "auto" and not any(matches(p, path) for p in patterns for path in found)):

@@ -26,10 +26,14 @@ TABLE: Mapping[str, tuple[str, str]] = {
     "replication": ("replication:Replication", "mixed ranks: missing rows copied from the largest clients"),
     "slora": ("slora:SLoRA", "sparse full tuning first, then LoRA from the SVD of its change"),
     "fdlora": ("fdlora:FDLoRA", "a personal and a global adapter, fused per client without gradients"),
+    "standalone": ("standalone:Standalone", "private models, each client alone"),
     "pfedlora": ("pfedlora:PFedLoRA", "private backbones, one small shared adapter on the representation"),
     "ce-lora": ("ce_lora:CELoRA", "tri-factor adapters: only the r x r core travels, mixed per client"),
     "feddpa": ("feddpa:FedDPA", "a local beside the global adapter, weighted per example"),
     "fml": ("fml:FML", "a private and a shared model that teach each other"),
+    "fedkd": ("fedkd:FedKD", "a private teacher and a shared student, whose updates are compressed"),
+    "lg-fedavg": ("lg_fedavg:LGFedAvg", "private representations, one shared head averaged"),
+    "fedgh": ("fedgh:FedGH", "private models; the server trains one head on class means of representations"),
     "fedproto": ("fedproto:FedProto", "private models pulled towards shared class prototypes"),
 }
 """name -> (module:class, one line)."""

@@ -7,31 +7,29 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from fedlora.algorithms.merging import needs_labels
-from fedlora.federation.aggregate import Mean
+from fedlora.algorithms.prototypes import ByClass, packed, packed_shape
 from fedlora.federation.algorithm import Algorithm, Kind, Update
 from fedlora.federation.orders import Batch, Features, Model, Outputs, Training, Work, label_loss
 from fedlora.federation.spec import Client, Local, ModelSpec, Shape, Tree
 
 
 @dataclass(frozen=True)
-class FedProto(Algorithm[Tree, Tree, Tree]):
+class FedProto(Algorithm[Tree, Tree, Mapping[str, Tensor]]):
     """Every client owns its model; its representations are pulled towards class prototypes that all share.
 
         L = CE + strength * mean_d (h - P_y)^2        only for classes whose prototype exists
         P_c = sum_i sum_{examples of c at i} h / sum_i count_i(c)     a class that nobody held keeps its prototype
 
-    Sums and counts travel with weight 1, so that their ratio is exact. Deployed: "head"; variant "nearest" predicts the
-    class of the nearest prototype.
+    Deployed: "head"; variant "nearest" predicts the class of the nearest prototype.
 
-    Travels: per class, the sum of representations and a count up, the prototype down. Stays: the whole private model
-    with its head (``extras`` do not apply). Paper: arXiv 2105.00243.
+    Travels: up, per class held, its number, the sum of representations and a count; down, all prototypes. Stays: the
+    whole private model with its head (``extras`` do not apply). Paper: arXiv 2105.00243.
 
     >>> import torch
     >>> spec, proto = ModelSpec({}, {}, {}, ("no", "yes"), width=2), FedProto()
-    >>> sums = {"sum": torch.tensor([[4.0, 2.0], [0.0, 0.0]]), "count": torch.tensor([2.0, 0.0])}
+    >>> sums = {"0": torch.tensor([2.0, 4.0, 2.0])}   # of class 0, two examples
     >>> proto.server_update(proto.server_init(spec, seed=0), sums, round=1)
     {'extra/prototypes': tensor([[2., 1.],
             [0., 0.]]), 'extra/known': tensor([1., 0.])}
@@ -44,8 +42,8 @@ class FedProto(Algorithm[Tree, Tree, Tree]):
     strength: float = 1.0
 
     @property
-    def aggregator(self) -> Mean:
-        return Mean()
+    def aggregator(self) -> ByClass:
+        return ByClass()
 
     def server_init(self, spec: ModelSpec, seed: int) -> Tree:
         needs_labels(spec, "fedproto")
@@ -62,20 +60,18 @@ class FedProto(Algorithm[Tree, Tree, Tree]):
         model = Model({**memory, **payload}, backbone=whose)
         tuned = yield from self.training.fit(local, model, ("backbone", "head"), objective=Attracted(self.strength))
         features, labels = yield from Features(Model(tuned.params, backbone=whose), "train")
-        member = one_hot(labels, len(local.spec.labels)).to(features.dtype)
         private = {key: value for key, value in tuned.params.items() if key not in payload}
-        return Update({"sum": member.T @ features, "count": member.sum(0)}, 1.0, tuned.sums), private
+        return Update(packed(features, labels), local.examples, tuned.sums), private
 
     def expects(self, state: Tree, client: Client, round: int, kind: Kind) -> Mapping[str, Shape | None]:
-        return {"sum": tuple(state["extra/prototypes"].shape), "count": tuple(state["extra/known"].shape)}
+        return packed_shape(state["extra/prototypes"].shape[1])
 
-    def server_update(self, state: Tree, value: Tree, round: int) -> Tree:
-        old, known, seen = state["extra/prototypes"], state["extra/known"], value["count"] > 0
-        fresh = (value["sum"] / value["count"].where(seen, torch.ones_like(value["count"]))[:, None]).to(old.dtype)
-        return {
-            "extra/prototypes": torch.where(seen[:, None], fresh, old),
-            "extra/known": torch.where(seen, torch.ones_like(known), known),
-        }
+    def server_update(self, state: Tree, value: Mapping[str, Tensor], round: int) -> Tree:
+        prototypes, known = state["extra/prototypes"].clone(), state["extra/known"].clone()
+        for c in (c for c in value if int(c) < len(known)):
+            prototypes[int(c)] = (value[c][1:] / value[c][0]).to(prototypes.dtype)
+            known[int(c)] = 1
+        return {"extra/prototypes": prototypes, "extra/known": known}
 
     def personalize(self, payload: Tree, memory: Tree, local: Local) -> Work[Mapping[str, Model]]:
         params, whose = {**memory, **payload}, local.client.backbone

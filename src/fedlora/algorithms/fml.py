@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fedlora.adapters.algebra import add, difference, shapes
+from fedlora.algorithms.distillation import divergence
 from fedlora.algorithms.merging import equal_ranks, start, trained
 from fedlora.federation.aggregate import Mean
 from fedlora.federation.algorithm import Algorithm, Kind, Update
@@ -28,11 +29,12 @@ class FML(Algorithm[Tree, Memory, Tree]):
     Teachers are constants in each other's loss. Deployed: "private"; variant "shared". Equal ranks.
 
     Travels: A, B and shared extras of the shared model, both ways. Stays: the private model with its head (always
-    trained), private extras of the shared one. Paper: arXiv 2006.16765.
+    trained), private extras of the shared one. With ``[adapter] targets = []`` and ``extras = {backbone = "share"}``
+    the shared model is a whole one, as in the paper. Paper: arXiv 2006.16765.
 
-    >>> import torch
-    >>> divergence(torch.zeros(1, 2), torch.tensor([[0.0, 100.0]])).round(decimals=3)   # log 2
-    tensor([0.6930])
+    >>> spec = ModelSpec({"q": (3, 2)}, {"q": 1}, {"head/bias": (2,)}, ("no", "yes"), width=3)
+    >>> sorted(FML().server_init(spec, seed=0))
+    ['head/bias', 'q/A', 'q/B', 'q/scale']
     """
 
     private_backbones = True
@@ -63,7 +65,7 @@ class FML(Algorithm[Tree, Memory, Tree]):
             {"private": self.mine(memory, local), "shared": Model({**payload, **memory["staying"]})},
             {
                 "private": trained(local.spec, Extras(head="private"), "backbone"),
-                "shared": trained(local.spec, self.extras, "A", "B"),
+                "shared": trained(local.spec, self.extras, *(("A", "B") if local.spec.sites else ())),
             },
             objective=Mutual(self.a, self.b),
         )
@@ -87,19 +89,6 @@ class FML(Algorithm[Tree, Memory, Tree]):
     def personalize(self, payload: Tree, memory: Memory, local: Local) -> Work[Mapping[str, Model]]:
         return {"private": self.mine(memory, local), "shared": Model({**payload, **memory["staying"]})}
         yield
-
-
-def divergence(student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
-    """KL(teacher || student) per example, the teacher a constant; over tokens, the mean over labelled ones.
-
-    Logits (examples, classes), or (examples, tokens, vocabulary) with ``labels`` (examples, tokens), -100: unlabelled.
-    """
-    target = teacher.detach().log_softmax(-1)
-    each = (target.exp() * (target - student.log_softmax(-1))).sum(-1)
-    if labels is None or labels.dim() < 2:
-        return each
-    counted = (labels != -100).to(each.dtype)
-    return (each * counted).sum(-1) / counted.sum(-1).clamp_min(1)
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ class Algorithm(Generic[State, Memory, Value]):
         raise NotImplementedError
 
     def expects(self, state: State, client: Client, round: int, kind: Kind) -> Mapping[str, Shape | None]:
-        """The exact names of an update's arrays and their shapes (None: any shape)."""
+        """The exact names of an update's arrays and their shapes (-1: any size of this dimension; None: any shape)."""
         raise NotImplementedError
 
     def server_update(self, state: State, value: Value, round: int) -> State:

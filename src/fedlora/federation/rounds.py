@@ -118,6 +118,15 @@ def merge_sums(a: Sums, b: Sums) -> dict[str, tuple[float, float]]:
     return {name: (x[0] + y[0], x[1] + y[1]) for name, (x, y) in pairs.items()}
 
 
+def fits(shape: Shape, expected: Shape) -> bool:
+    """Whether a shape is the expected one; where that is negative, any size will do.
+
+    >>> [fits(shape, (-1, 5)) for shape in ((0, 5), (7, 5), (7, 4), (5,))]
+    [True, True, False, False]
+    """
+    return len(shape) == len(expected) and all(e in (n, -1) for n, e in zip(shape, expected))
+
+
 def fault(
     update: Update | None,
     expected: Mapping[str, Shape | None],
@@ -137,7 +146,7 @@ def fault(
     square = 0.0
     for name, shape in expected.items():
         value = update.arrays[name]
-        if shape is not None and tuple(value.shape) != tuple(shape):
+        if shape is not None and not fits(tuple(value.shape), shape):
             return f"{name} has shape {tuple(value.shape)}, not {tuple(shape)}"
         if shape is not None and dtype is not None and value.dtype != dtype:
             return f"{name} has type {value.dtype}, not {dtype}"

@@ -128,6 +128,7 @@ class Local:
 @dataclass(frozen=True)
 class Extras:
     """How whole parameters take part: "share" (trained and averaged), "private" (trained, stays home) or "frozen".
+    ``backbone`` is the whole base but its head, norms and embeddings with it.
 
     >>> extras = Extras(head="private", norm="share")
     >>> extras.trained
@@ -139,21 +140,23 @@ class Extras:
     head: Literal["share", "private", "frozen"] = "share"
     norm: Literal["share", "private", "frozen"] = "frozen"
     embedding: Literal["share", "private", "frozen"] = "frozen"
+    backbone: Literal["share", "private", "frozen"] = "frozen"
 
     def treatment(self, name: str) -> str:
-        """How a parameter of a tree is treated; what is no head, norm or embedding travels."""
-        kinds = {"head": self.head, "norm": self.norm, "embedding": self.embedding}
+        """How a parameter of a tree is treated; what is no head, norm, embedding or backbone travels."""
+        kinds = {"head": self.head, "norm": self.norm, "embedding": self.embedding, "backbone": self.backbone}
         return kinds.get(name.split("/", 1)[0], "share")
 
     @property
     def trained(self) -> tuple[str, ...]:
         """Selectors of the whole parameters that train."""
-        return tuple(kind for kind in ("head", "norm", "embedding") if self.treatment(kind + "/") != "frozen")
+        kinds = ("head", "norm", "embedding", "backbone")
+        return tuple(kind for kind in kinds if self.treatment(kind + "/") != "frozen")
 
     @property
     def personal(self) -> bool:
         """Some parameter stays home: there is no single global model to score."""
-        return "private" in (self.head, self.norm, self.embedding)
+        return "private" in (self.head, self.norm, self.embedding, self.backbone)
 
     def travelling(self, tree: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The entries that are sent."""

@@ -182,7 +182,8 @@ class Backbone:
         dtype: torch.dtype = torch.float32,
     ) -> ModelSpec:
         """What all participants agree on. ``ranks``: the largest rank served, for all sites or by site; ``alpha`` at
-        that rank (None: the rank itself, a scale of 1). Norms and embeddings are named where ``extras`` trains them."""
+        that rank (None: the rank itself, a scale of 1). Norms and embeddings, or the whole base, are named where
+        ``extras`` trains them."""
         extras = Extras() if extras is None else extras
         largest = dict.fromkeys(self.sites, ranks) if isinstance(ranks, int) else {s: ranks[s] for s in self.sites}
         values: dict[str, Tensor] = {}
@@ -192,7 +193,10 @@ class Backbone:
                 whole[f"head/{name}"] = tuple(value.shape)
                 if self.head_fits:
                     values[f"head/{name}"] = value.detach().clone()
-        for kind, found in (("norm", norms), ("embedding", embeddings)):
+        everything = extras.backbone != "frozen"
+        if everything:
+            values |= self.own(("backbone",))
+        for kind, found in () if everything else (("norm", norms), ("embedding", embeddings)):
             if extras.treatment(f"{kind}/") != "frozen":
                 values |= {f"{kind}/{path}": value.detach().clone() for path, value in found(self.module).items()}
         whole |= {name: tuple(value.shape) for name, value in values.items()}

@@ -39,15 +39,17 @@ class ModelSettings(Section):
 
 
 class ExtrasSettings(Section):
-    """``[adapter.extras]``: how heads, norms and embeddings take part; None: as the algorithm does by default."""
+    """``[adapter.extras]``: how heads, norms, embeddings and the whole base (``backbone``) take part; None: as the
+    algorithm does by default."""
 
     head: Treatment | None = None
     norm: Treatment | None = None
     embedding: Treatment | None = None
+    backbone: Treatment | None = None
 
 
 class AdapterSettings(Section):
-    """``[adapter]``. ``alpha`` (default 2 x rank) is alpha at the largest rank served; ``targets``: "auto" or patterns;
+    """``[adapter]``. ``alpha`` (default 2 x rank) is alpha at the largest rank served; ``targets``: "auto", patterns, or [] (none);
     ``layers``: indices of the blocks to adapt; ``from``: a PEFT folder to start from."""
 
     rank: int = Field(8, ge=1)
