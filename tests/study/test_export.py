@@ -536,8 +536,16 @@ def test_image_files_are_classified(tmp_path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
-def test_every_algorithm_s_result_loads_in_peft(algorithm: str, encoder, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        *({"name": name} for name in sorted(ALGORITHMS)),
+        {"name": "slora", "sparse_rounds": 1},
+        {"name": "slora", "sparse_rounds": 1, "merge": "svd"},
+    ],
+    ids=lambda algorithm: "-".join(map(str, algorithm.values())),
+)
+def test_every_algorithm_s_result_loads_in_peft(algorithm: dict, encoder, tmp_path) -> None:
     """What a run writes, read back or loaded by the lines of its card, gives the logits of what the run deploys."""
     rows = [
         {"text": " ".join(WORDS[(i * k + j) % 17] for j in range(4)), "label": LABELS[i % 3]}
@@ -549,7 +557,7 @@ def test_every_algorithm_s_result_loads_in_peft(algorithm: str, encoder, tmp_pat
         "model": {"name": str(encoder), "task": "text-classification", "dtype": "float32"},
         "adapter": {"rank": 4},
         "data": {"train": str(tmp_path / "rows.jsonl"), "text": "text", "label": "label", "partition": {"clients": 3}},
-        "algorithm": {"name": algorithm},
+        "algorithm": algorithm,
         "training": {"rounds": 2, "lr": 0.05, "eval_every": 0},
     }
     folder = run(config, out=tmp_path / "run").folder

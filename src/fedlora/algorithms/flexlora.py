@@ -29,7 +29,8 @@ class FlexLoRA(Algorithm[State, Tree, Tree]):
     "truncated" what a client holds of it; ``measures`` has the share of |dW| that the largest rank loses, per site.
     ``finetune_epochs`` more at home, at a constant rate, are variant "finetuned".
 
-    Travels: up, the client's A and B; down, its slice; shared extras both ways. Stays: private extras.
+    Travels: up, the client's A and B; down, its slice; shared extras both ways. Stays: private extras. Paper: arXiv
+    2402.11505; its resource types and distributions are ``[clients] ranks = "uniform"``, "heavy-tail-light" and so on.
 
     >>> import torch
     >>> spec = ModelSpec({"q": (3, 2)}, {"q": 2}, {}, (), width=3, alpha=2.0)

@@ -42,9 +42,10 @@ class HetLoRA(Algorithm[State, Memory, Tree]):
         w_i = |s_i B_i A_i|_F / sum_j |s_j B_j A_j|_F    over all sites
         A <- sum_i w_i pad(A_i),   s B <- sum_i w_i pad(s_i B_i);      to rank r:  A[:r], B[:, :r]
 
-    Rows that nobody trained in a round keep their value. ``prune`` (the paper's gamma < 1) lets a client give up the
-    last rows: its loss gets ``penalty * |B[:, k:]| |A[k:]|`` per site, k = floor(gamma r), and where that product ends
-    the round smaller than it began, the client's rank becomes max(1, k) for good.
+    Rows that nobody trained in a round keep their value. ``prune`` (the paper's gamma < 1; 0.99 gives up one row at a
+    time) lets a client give up the last rows: its loss gets ``penalty * |B[:, k:]| |A[k:]|`` per site, k = floor(gamma
+    r), and where that product ends the round smaller than it began, the client's rank becomes max(1, k) for good. The
+    paper states it for one adapter; here every site has its own rank.
 
     Travels: up, A and B at the client's rank; down, its slice; shared extras both ways. Stays: private extras, the
     pruned ranks. Paper: arXiv 2401.06432.
