@@ -32,7 +32,8 @@ class SLoRA(Algorithm[State, Tree, Tree]):
     random rows by k random columns, k = sqrt(density out in), so that stage 1 trains k x k numbers in factors
     (``B C A`` with B and A selecting rows and columns), in lanes, and sends them without an index. The paper draws the
     entries one by one. What of the change the adapter cannot hold is lost between the stages: ``measures`` has its
-    share, per site. Ranks may differ with ``merge = "svd"`` or ``"bucket"``.
+    share, per site. A run of fewer than ``sparse_rounds`` rounds ends in stage 1. Ranks may differ with ``merge =
+    "svd"`` or ``"bucket"``.
 
     Travels: in stage 1, k x k numbers a site both ways, then as FedIT; shared extras always. Stays: private extras.
     Paper: arXiv 2308.06522.
