@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 import fedlora
 from fedlora.cli import app
 from fedlora.errors import UserError
+from fedlora.learning.cnn import CNN, WIDTHS, CNNConfig
 from fedlora.study import export
 from fedlora.study.config import load
-from fedlora.study.predict import _inputs, scores, stacked
+from fedlora.study.predict import Prediction, _inputs, scores, stacked
 from study import tiny
 
 SHORT = "rounds = 2\nepochs = 1\nbatch_size = 8\nlr = 0.05\neval_every = 0\n"
@@ -141,7 +142,7 @@ def test_two_cnns_on_small_images(tmp_path: Path) -> None:
     file.write_text(
         '[model]\ntask = "image-classification"\n[data]\ntrain = "photos"\nimage = "image"\nlabel = "label"\n'
         'partition = {clients = 2}\n[clients]\nmodels = ["cnn-5", "cnn-2"]\n[algorithm]\nname = "pfedlora"\n'
-        "[training]\nrounds = 2\nepochs = 2\nbatch_size = 8\nlr = 0.02\n"
+        "[training]\nrounds = 3\nepochs = 3\nbatch_size = 8\nlr = 0.02\n"
     )
     cli(
         "run",
@@ -155,13 +156,54 @@ def test_two_cnns_on_small_images(tmp_path: Path) -> None:
     )
     summary = json.loads((run / "summary.json").read_text())
     assert summary["personal"]["mean"] > 0.8
-    memory = next((run / "memories").rglob("1/*.safetensors"))
+    memory = next((run / "memories").rglob("1/3.safetensors"))
     assert memory.stat().st_size > 6e6  # the whole CNN-2 lies with the client
     logits = own_logits(run, "1", [str(one)], "image")
     cli("export", run, "--client", "1", "--to", tmp_path / "export")
     torch.testing.assert_close(own_logits(tmp_path / "export", "1", [str(one)], "image"), logits)
     assert cli("predict", tmp_path / "export", "--text", one).startswith("class-0")
     assert cli("predict", run, "--client", "1", "--text", one).startswith("class-0")
+
+
+@pytest.mark.parametrize("algorithm", ["standalone", "lg-fedavg", "fml", "fedkd", "fedproto", "fedgh"])
+def test_baselines_in_one_run_file(tmp_path: Path, algorithm: str) -> None:
+    file, run = two_transformers(tmp_path, algorithm), tmp_path / "run"
+    summary = fedlora.run(load(file), out=run).summary
+    texts = ["the old horse sees"]
+    logits = own_logits(run, "1", texts, "text")
+    fedlora.export(run, tmp_path / "export", client="1")
+    torch.testing.assert_close(own_logits(tmp_path / "export", "1", texts, "text"), logits)
+    (said,) = fedlora.predict(tmp_path / "export", texts)
+    assert isinstance(said, Prediction)
+    np.testing.assert_allclose(list(said.probabilities.values()), logits.softmax(-1)[0], atol=1e-6)
+    shared = algorithm in ("fml", "fedkd")
+    assert (summary["global"] is not None) == shared
+    assert not shared or fedlora.predict(run, texts)
+
+
+@pytest.mark.parametrize("algorithm", ["fml", "fedkd"])
+def test_a_shared_model_may_be_a_whole_one(tmp_path: Path, algorithm: str) -> None:
+    one = photos(tmp_path / "photos") / "class-1" / "0.png"
+    file, run = tmp_path / "my.toml", tmp_path / "run"
+    file.write_text(
+        '[model]\nname = "cnn-5"\ntask = "image-classification"\n'
+        '[data]\ntrain = "photos"\nimage = "image"\nlabel = "label"\npartition = {clients = 2}\n'
+        f'[clients]\nmodels = ["cnn-5", "cnn-2"]\n[algorithm]\nname = "{algorithm}"\n'
+        '[adapter]\ntargets = []\nextras = {backbone = "share"}\n'
+        '[training]\nrounds = 2\nepochs = 2\nbatch_size = 8\noptimizer = "sgd"\nlr = 0.02\nmomentum = 0.9\n'
+    )
+    result = fedlora.run(load(file, ["training.eval_every=0"]), out=run)
+    assert result.summary["global"]["score"] > 0.8
+    size = sum(p.numel() for p in CNN(CNNConfig(WIDTHS["cnn-5"], num_labels=3)).parameters()) * 4
+    sent = result.history[-1]["bytes"]
+    assert size < sent["down"] / 2 < size + 4000
+    assert (sent["up"] < sent["down"] / 5) == (algorithm == "fedkd")
+    plain = transformers.AutoModelForImageClassification.from_pretrained(run / "adapters/global/backbone").eval()
+    model, about, own = export.opened(run / "adapters/global")
+    assert own is not None
+    inputs = _inputs(export.config_of(about), own, about, [str(one)])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**inputs).logits, scores(stacked(own, model), model, inputs))
 
 
 class Bag(nn.Module):

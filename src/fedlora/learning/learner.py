@@ -18,11 +18,13 @@ from fedlora.learning.backbone import Backbone
 from fedlora.learning.batches import Group, cut, rows_of, to_device
 from fedlora.learning.examples import Examples, Task
 from fedlora.learning.fitting import Fits
+from fedlora.learning.footprint import EVERY, limit_kernels, release
 from fedlora.learning.generation import answer_scores, answers
 from fedlora.learning.lanes import Held, Merges, Stack, alone, check, structure
 from fedlora.learning.language import CausalLM
 from fedlora.learning.optim import chosen
 
+limit_kernels()
 Splits = Mapping[str, np.ndarray]
 """Rows of the table by "fit", "holdout" and "test"."""
 SCORING = 4
@@ -68,6 +70,7 @@ class Learner:
         self.merges = Merges()
         self.steps = 0  # client-steps of training so far: what throughput counts
         self._tickets = 0
+        self._turns = 0
         self._masks: dict[str, Tensor] = {}
         self._waiting: dict[tuple[object, ...], deque[Ready]] = {}
         self._running: dict[tuple[object, ...], Fits] = {}
@@ -93,6 +96,9 @@ class Learner:
         """
         if self.idle:
             return []
+        self._turns += 1
+        if self._turns % EVERY == 0:
+            release()
 
         def urgency(key: tuple[object, ...]) -> tuple[int, int]:
             waiting, running = self._waiting.get(key, ()), self._running.get(key)
@@ -180,7 +186,8 @@ class Learner:
             own = {key: value.to(self.spec.dtype) for key, value in backbone.own(selectors).items()}
             if prefixes & {name.split("/", 1)[0] for name in self.spec.whole}:
                 start = self.spec.start(self.run_seed)
-                own |= {k: v for k, v in start.items() if k.split("/", 1)[0] in prefixes and readable(k, backbone)}
+                shared = prefixes if model.backbone == "base" else prefixes & {"head"}  # the others are the base's own
+                own |= {k: v for k, v in start.items() if k.split("/", 1)[0] in shared and readable(k, backbone)}
         params = {**own, **model.params}
         return Held(model, params, chosen(selectors, list(params)))
 

@@ -58,7 +58,7 @@ def load(config: RunConfig, base: Backbone, given: Modules | None, device: str) 
     One object a name, however many clients begin with it: what each has trained lies in its memory.
     """
     found: dict[str, Backbone] = {}
-    for name in dict.fromkeys(config.clients.models or ()):
+    for position, name in enumerate(dict.fromkeys(config.clients.models or ())):
         module = (given or {}).get(name)
         with explained(name):
             found[name] = load_backbone(
@@ -70,7 +70,7 @@ def load(config: RunConfig, base: Backbone, given: Modules | None, device: str) 
                 processor=getattr(module, "processor", None) or (None if module is None else base.processor),
                 width=base.width,
                 adapt=False,
-                seed=derive(config.seed, "backbone", name),
+                seed=derive(config.seed, "backbone", position),  # not the name: a folder may move
             )
     return found
 
