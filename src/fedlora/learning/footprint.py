@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 
-KERNELS = "32"
+KERNELS = "64"
 EVERY = 16
 """Units of work (fused steps, passes of scoring) between two releases."""
 
