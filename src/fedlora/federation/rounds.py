@@ -38,7 +38,8 @@ class Fleet(Protocol):
 class Report:
     """One finished round. ``checkpoint`` is plain values; call ``saved()`` once it is durable.
 
-    ``bytes``: frames of payloads ("down") and updates ("up"); those of introductions apart ("setup_...").
+    ``bytes``: frames of payloads ("down") and updates ("up"); those of introductions apart ("setup_..."). ``clients``:
+    the same of each client that was asked.
     ``measures``: what the server learnt about itself.
     """
 
@@ -49,6 +50,7 @@ class Report:
     rejected: Mapping[str, str]
     sums: Sums
     bytes: Mapping[str, int]
+    clients: Mapping[str, Mapping[str, int]]
     measures: Mapping[str, float]
     saved: Callable[[], None] = field(repr=False)
 
@@ -61,7 +63,8 @@ class Report:
 class Requests(Mapping[str, Request]):
     """Requests by client id, sorted, each built when it is looked up: no two payloads need to be alive at once."""
 
-    def __init__(self, clients: Iterable[Client], build: Callable[[Client], Request]) -> None:
+    def __init__(self, clients: Iterable[Client], build: Callable[[Client], Request], introduced: bool = False) -> None:
+        self.introduced = introduced  # then a version may be an introduction's, at which nothing was received
         self.clients = {client.id: client for client in sorted(clients, key=lambda client: client.id)}
         self.build = build
         self.sent: dict[str, int] = {}
@@ -69,7 +72,7 @@ class Requests(Mapping[str, Request]):
     def __getitem__(self, name: str) -> Request:
         request = self.build(self.clients[name])
         if name not in self.sent:
-            self.sent[name] = frame_size(request.payload)
+            self.sent[name] = frame_size(unheld(request.payload, None if self.introduced else request.base_version))
         return request
 
     def __iter__(self) -> Iterator[str]:
@@ -77,6 +80,20 @@ class Requests(Mapping[str, Request]):
 
     def __len__(self) -> int:
         return len(self.clients)
+
+
+def unheld(payload: Tree, version: int | None) -> Tree:
+    """What of a payload must travel to a client whose last acknowledged round is ``version``.
+
+    A key "ROUND:NAME" is a change made after that round which never changes again: a client that took part in round v
+    holds those made before it.
+
+    >>> sorted(unheld({"head": 0, "000001:q": 1, "000002:q": 2, "000003:q": 3}, 2))
+    ['000002:q', '000003:q', 'head']
+    """
+    if version is None:
+        return payload
+    return {key: value for key, value in payload.items() if ":" not in key or int(key.partition(":")[0]) >= version}
 
 
 def once(replies: Iterable[tuple[str, Reply | None]], names: Iterable[str]) -> Iterator[tuple[str, Reply | None]]:
@@ -172,8 +189,8 @@ class Account:
     lost: list[str] = field(default_factory=list[str])
     rejected: dict[str, str] = field(default_factory=dict[str, str])
     sums: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
-    up: int = 0
-    down: int = 0
+    up: dict[str, int] = field(default_factory=dict[str, int])
+    down: dict[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass(eq=False)
@@ -201,7 +218,9 @@ class Server:
         """Asks, validates and folds one reply at a time: the aggregator's report (None: nothing to report)."""
         aggregator = self.algorithm.introduction if kind == "introduce" else self.algorithm.aggregator
         assert aggregator is not None
-        requests = Requests(clients, lambda client: self.request(kind, round, client))
+        requests = Requests(
+            clients, lambda client: self.request(kind, round, client), self.algorithm.introduction is not None
+        )
         account, acc = Account(), aggregator.zero()
         for name, reply in (in_order if self.buffered else once)(self.fleet.ask(requests), requests):
             if reply is None or (reply.run_id, reply.kind, reply.round) != (self.run_id, kind, round):
@@ -216,10 +235,10 @@ class Server:
                 continue
             acc = aggregator.accumulate(acc, client, update)
             account.sums = merge_sums(account.sums, update.sums)
-            account.up += frame_size(update.arrays)
+            account.up[name] = frame_size(update.arrays)
             account.folded.append(name)
             del reply, update
-        account.down = sum(requests.sent.values())
+        account.down = dict(requests.sent)
         for name in account.folded:
             self.acked[name] = round
         return (aggregator.report(acc) if account.folded else None), account
@@ -249,7 +268,7 @@ class Server:
         def saved() -> None:
             self.durable = dict(snapshot)
 
-        counts = {"up": account.up, "down": account.down, "setup_up": setup.up, "setup_down": setup.down}
+        sent = {"up": account.up, "down": account.down, "setup_up": setup.up, "setup_down": setup.down}
         return Report(
             round,
             {"round": round, "state": self.state, "acked": snapshot},
@@ -257,7 +276,11 @@ class Server:
             (*setup.lost, *account.lost),
             {**setup.rejected, **account.rejected},
             account.sums,
-            counts,
+            {way: sum(sizes.values()) for way, sizes in sent.items()},
+            {
+                name: {w: sent[w][name] for w in sent if name in sent[w]}
+                for name in sorted({*setup.down, *account.down})
+            },
             dict(self.algorithm.measures(self.state)),
             saved,
         )

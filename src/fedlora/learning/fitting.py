@@ -175,20 +175,31 @@ class Fits:
         sums = torch.zeros(self.count, dtype=torch.float64)
         first = next(iter(self.stacks))
         store = self.learner.store(self._backbone(first))
+        names = [self._backbone(name) for name in self.stacks]
+        clients = ["" if lane is None else lane.ready.job.client for lane in self.lanes]
+        kind = next(iter(active.values())).ready.kind
+        for stack in self.stacks.values():
+            stack.merge()
         for group in cut(work, store.lengths, self.learner.tokens):
-            losses = self._losses(group, active)
-            share = torch.tensor([1.0 / len(work[k]) for k in group.lanes], dtype=losses.dtype, device=losses.device)
-            if losses.requires_grad:
-                found = torch.autograd.grad((losses * share).sum(), self.leaves, allow_unused=True)
-                for into, gradient in zip(self.views, found):
-                    if gradient is not None:
-                        into.add_(gradient)
+            with self.learner.watched(kind, names, group, clients):
+                losses = self._backward(group, active, work)
             sums.index_add_(0, torch.from_numpy(group.lanes), losses.detach().double().cpu())
         for k, lane in active.items():
             if lane.anchor is not None and lane.anchored is not None:
                 strength = lane.order.proximal.strength  # type: ignore[union-attr]
                 self.grads[k].add_((self.values[k] - lane.anchor) * lane.anchored, alpha=strength)
         return sums.tolist()
+
+    def _backward(self, group: Group, active: Mapping[int, Lane], work: Mapping[int, np.ndarray]) -> Tensor:
+        """Adds the gradients of a group's rows, each a share of its lane's batch; its losses, one per row."""
+        losses = self._losses(group, active)
+        share = torch.tensor([1.0 / len(work[k]) for k in group.lanes], dtype=losses.dtype, device=losses.device)
+        if losses.requires_grad:
+            found = torch.autograd.grad((losses * share).sum(), self.leaves, allow_unused=True)
+            for into, gradient in zip(self.views, found):
+                if gradient is not None:
+                    into.add_(gradient)
+        return losses
 
     def _losses(self, group: Group, active: Mapping[int, Lane]) -> Tensor:
         """One loss per row."""

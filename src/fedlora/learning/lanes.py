@@ -71,6 +71,12 @@ def structure(held: Held, ranks: Mapping[str, int]) -> tuple[object, ...]:
     return (model.backbone, model.predict, gate, trees, shared, held.trained)
 
 
+def anonymous(structure: tuple[object, ...]) -> tuple[object, ...]:
+    """A structure without the identity of shared changes: models that differ in it alone cost the same."""
+    backbone, predict, gate, trees, shared, trained = structure
+    return (backbone, predict, gate, trees, bool(shared), trained)
+
+
 def alone(held: Held, backbone: Backbone) -> bool:
     """Whether a model replaces the base's own parameters or changes them densely: then it has a pass of its own."""
     return any(
@@ -141,6 +147,11 @@ class Stack:
             for tree in first.trees
         ]
         self._slots: dict[str, list[tuple[int, Factors]]] | None = None
+
+    def merge(self) -> None:
+        """Merges the shared changes, where that is not done yet."""
+        held = next(h for h in self.held if h is not None)
+        self.merges.get(self.backbone, held.model.shared)
 
     def load(self, lane: int, held: Held) -> None:
         """Puts a model into a lane, in the place of whatever was there."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,10 @@ from fedlora.learning.backbone import Backbone
 from fedlora.learning.batches import Group, cut, rows_of, to_device
 from fedlora.learning.examples import Examples, Task
 from fedlora.learning.fitting import Fits
+from fedlora.learning.flops import Meter
 from fedlora.learning.footprint import EVERY, limit_kernels, release
 from fedlora.learning.generation import answer_scores, answers
-from fedlora.learning.lanes import Held, Merges, Stack, alone, check, structure
+from fedlora.learning.lanes import Held, Merges, Stack, alone, anonymous, check, structure
 from fedlora.learning.language import CausalLM
 from fedlora.learning.optim import chosen
 
@@ -33,13 +35,15 @@ SCORING = 4
 
 @dataclass(frozen=True, eq=False)
 class Ready:
-    """A job that has been checked: its models by name, the units of its split, and what it shares lanes with."""
+    """A job that has been checked: its models by name, the units of its split, what it shares lanes with (``key``), and
+    what its passes cost the same as (``kind``)."""
 
     ticket: int
     job: Job
     models: Mapping[str, Held]
     units: np.ndarray
     key: tuple[object, ...]
+    kind: int = 0
 
 
 @dataclass(eq=False)
@@ -68,6 +72,7 @@ class Learner:
     def __post_init__(self) -> None:
         self.head = {k: v for k, v in self.spec.start(self.run_seed).items() if k.startswith("head/")}
         self.merges = Merges()
+        self.meter = Meter()
         self.steps = 0  # client-steps of training so far: what throughput counts
         self._tickets = 0
         self._turns = 0
@@ -172,7 +177,8 @@ class Learner:
         ranks = {} if single else self.spec.ranks
         shape = tuple((name, structure(h, ranks)) for name, h in sorted(held.items()))
         key = (type(order), code, shape, ticket if single else None)
-        return Ready(ticket, job, held, self.units(job.client, order.split, limit, first), key)
+        kind = self.meter.kind((type(order), code, tuple((name, anonymous(s)) for name, s in shape)))
+        return Ready(ticket, job, held, self.units(job.client, order.split, limit, first), key, kind)
 
     def _complete(self, model: Model, selectors: Sequence[str]) -> Held:
         """Checked, and completed with the base's own values (or the seeded start) of what a selector asks to train."""
@@ -261,8 +267,19 @@ class Learner:
         store = self.store(taken[0].models["model"].model.backbone)
         if work:
             for group in cut(work, store.lengths, self.tokens * (1 if stack.backbone.kind == "causal-lm" else SCORING)):
-                inputs, labels = self.batch(stack.backbone, taken[0].models["model"].model.backbone, group)
-                yield group, stack.outputs(inputs, group.segments, masks), labels
+                name = taken[0].models["model"].model.backbone
+                inputs, labels = self.batch(stack.backbone, name, group)
+                stack.merge()
+                with self.watched(taken[0].kind, [name], group, [ready.job.client for ready in taken]):
+                    outputs = stack.outputs(inputs, group.segments, masks)
+                yield group, outputs, labels
+
+    def watched(
+        self, kind: int, names: Iterable[str], group: Group, clients: Sequence[str]
+    ) -> AbstractContextManager[None]:
+        """Counts the operations of a pass over a group. ``names``: the backbones; ``clients``: by lane."""
+        lengths = tuple(int(self.store(name).lengths[group.units].max()) for name in dict.fromkeys(names))
+        return self.meter.watch(kind, lengths, [(clients[lane], stop - start) for lane, start, stop in group.segments])
 
     def batch(self, backbone: Backbone, name: str, group: Group) -> tuple[dict[str, Tensor], Tensor]:
         """A group's inputs and labels, where the backbone is."""
