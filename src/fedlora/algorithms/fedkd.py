@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.adapters.algebra import add, difference, linalg
+from fedlora.adapters.algebra import add, cast, difference, linalg
 from fedlora.algorithms.distillation import divergence
-from fedlora.algorithms.merging import equal_ranks, needs_labels, start, trained
+from fedlora.algorithms.merging import equal_ranks, needs_labels, received, sent, start, trained
 from fedlora.federation.aggregate import Mean
 from fedlora.federation.algorithm import Algorithm, Kind, Update
 from fedlora.federation.orders import Batch, Model, Outputs, Training, Work, label_loss
@@ -31,15 +31,15 @@ class FedKD(Algorithm[State, Memory, Tree]):
         L_t = CE_t + (KL(s || t) + hidden) / D                L_s = CE_s + (KL(t || s) + hidden) / D
         client:  sends U_K S_K V_K^T of every matrix of theta_i - theta, with the smallest K whose singular values hold
                  the share T of the squared norm; T goes from ``energy`` to ``last_energy`` over the rounds
-        server:  theta <- theta + the same of sum_i p_i (theta_i - theta),       p_i = n_i / sum n over the round
+        server:  theta <- theta + the same of sum_i p_i (theta_i - theta), which is all that it sends of it,
+                 p_i = n_i / sum n over the round
 
     Teachers are constants in each other's KL; W (width x width, begins as the identity) stays home. Attentions are not
     compared: models of different kinds have none in common. Deployed: "private"; variant "shared". Equal ranks.
 
-    Travels: up, compressed A, B and shared extras of the student; down, the student itself (a client may have missed
-    rounds; "compressed_down" measures the numbers that a client which missed none would need). Stays: the private model
-    with its head, W, private extras of the student. With ``[adapter] targets = []`` and ``extras = {backbone =
-    "share"}`` the student is a whole model, as in the paper. Paper: arXiv 2108.13323.
+    Travels: up and down, compressed changes of the student's A, B and shared extras; a client that missed rounds gets
+    all it missed. Stays: the private model with its head, W, private extras of the student. With ``[adapter] targets =
+    []`` and ``extras = {backbone = "share"}`` the student is a whole model, as in the paper. Paper: arXiv 2108.13323.
 
     >>> left, right = compressed(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), 0.9)   # 9 of 10 lie in the first
     >>> (left.T @ right).abs().round()
@@ -60,7 +60,7 @@ class FedKD(Algorithm[State, Memory, Tree]):
 
     def server_init(self, spec: ModelSpec, seed: int) -> State:
         needs_labels(spec, "fedkd")
-        return {"student": start(spec, seed, self.extras), "numbers": 0}
+        return {"student": start(spec, seed, self.extras), "changes": {}}
 
     def client_init(self, local: Local) -> Work[tuple[None, Memory]]:
         identity = torch.eye(local.spec.width, dtype=local.spec.dtype)
@@ -69,13 +69,14 @@ class FedKD(Algorithm[State, Memory, Tree]):
 
     def broadcast(self, state: State, client: Client, round: int) -> Tree:
         equal_ranks(state["student"], client, "fedkd")
-        return state["student"]
+        return sent(state["changes"])
 
     def client_update(self, payload: Tree, memory: Memory, local: Local) -> Work[tuple[Update, Memory]]:
+        begun = self.student(payload, local)
         sites = ("A", "B") if local.spec.sites else ()
         tuned = yield from self.training.fit(
             local,
-            self.models(payload, memory, local),
+            self.models(begun, memory, local),
             {
                 "private": trained(local.spec, Extras(head="private"), "backbone"),
                 "shared": trained(local.spec, self.extras, *sites, "extra"),
@@ -85,16 +86,23 @@ class FedKD(Algorithm[State, Memory, Tree]):
         student, progress = tuned.models["shared"], local.round / max(local.rounds, 1)
         share = self.energy + (self.last_energy - self.energy) * progress
         arrays = {"energy": torch.tensor(share, dtype=local.spec.dtype)}
-        for name, change in difference(student, payload).items():
+        for name, change in difference(student, begun).items():
             arrays |= packed(name, change, share)
         staying = {**self.extras.staying(student), "extra/map": student["extra/map"]}
         kept = {"private": tuned.models["private"], "staying": staying}
         return Update(arrays, local.examples, tuned.sums), kept
 
-    def models(self, payload: Tree, memory: Memory, local: Local) -> dict[str, Model]:
+    def student(self, payload: Tree, local: Local) -> Tree:
+        """The server's student: the start, which all share, and every change since."""
+        tree: Tree = start(local.spec, local.run_seed, self.extras)
+        for change in received(payload)[1]:
+            tree = moved(tree, change)
+        return tree
+
+    def models(self, begun: Tree, memory: Memory, local: Local) -> dict[str, Model]:
         """Teacher and student."""
         own = Model(memory["private"], backbone=local.client.backbone)
-        return {"private": own, "shared": Model({**payload, **memory["staying"]})}
+        return {"private": own, "shared": Model({**begun, **memory["staying"]})}
 
     def expects(self, state: State, client: Client, round: int, kind: Kind) -> Mapping[str, Shape | None]:
         expected: dict[str, Shape] = {"energy": ()}
@@ -107,25 +115,18 @@ class FedKD(Algorithm[State, Memory, Tree]):
         return expected
 
     def server_update(self, state: State, value: Tree, round: int) -> State:
-        share, numbers, change = float(value["energy"]), 0, dict[str, Tensor]()
+        share, change = float(value["energy"]), dict[str, Tensor]()
         for name, mean in value.items():
             if name != "energy":
-                small = packed(name, mean, share)
-                numbers += sum(part.numel() for part in small.values())
-                change |= expanded(small)
-        student = state["student"]
-        change = {name: mean.reshape(student[name].shape) for name, mean in change.items()}
-        return {"student": add(student, change), "numbers": numbers}
+                change |= cast(packed(name, mean, share), state["student"][name].dtype)
+        return {"student": moved(state["student"], change), "changes": {**state["changes"], f"{round:06d}": change}}
 
     def server_model(self, state: State) -> Model | None:
         return None if self.extras.personal else Model(state["student"])
 
     def personalize(self, payload: Tree, memory: Memory, local: Local) -> Work[Mapping[str, Model]]:
-        return self.models(payload, memory, local)
+        return self.models(self.student(payload, local), memory, local)
         yield
-
-    def measures(self, state: State) -> Mapping[str, float]:
-        return {"compressed_down": float(state["numbers"])}
 
 
 def compressed(matrix: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -154,6 +155,11 @@ def expanded(arrays: Tree) -> dict[str, Tensor]:
         rows = min(len(left), len(right))
         found[name] = left[:rows].T @ right[:rows]
     return found
+
+
+def moved(student: Tree, change: Tree) -> dict[str, Tensor]:
+    """The student after a change that travelled compressed."""
+    return add(student, {name: value.reshape(student[name].shape) for name, value in expanded(change).items()})
 
 
 @dataclass(frozen=True)
