@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import fedlora
 from fedlora.cli import app
 from fedlora.errors import UserError
+from fedlora.federation.memory import quoted
 from fedlora.learning.cnn import CNN, WIDTHS, CNNConfig
 from fedlora.study import export
 from fedlora.study.config import load
@@ -170,6 +171,24 @@ def test_two_cnns_on_small_images(tmp_path: Path) -> None:
     torch.testing.assert_close(own_logits(tmp_path / "export", "1", [str(one)], "image"), logits)
     assert cli("predict", tmp_path / "export", "--text", one).startswith("class-0")
     assert cli("predict", run, "--client", "1", "--text", one).startswith("class-0")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_models_every_client_owns_the_base(tmp_path: Path, dtype: str) -> None:
+    file, run = tiny.run_file(tmp_path, algorithm='name = "pfedlora"\n', training=SHORT), tmp_path / "run"
+    fedlora.run(load(file, [f"model.dtype={dtype}"]), out=run)
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[1])
+    client = sorted(first["clients"])[0]
+    (memory,) = (run / "memories/run" / quoted(client)).glob("2.safetensors")
+    held = safetensors.torch.load_file(memory)
+    assert {value.dtype for value in held.values()} == {torch.float32}  # what is trained is wider than the base
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(
+        run / "adapters/clients" / quoted(client) / "backbone"
+    ).eval()
+    given = tiny.tokenizer()(["the old horse"], return_tensors="pt")
+    with torch.no_grad():
+        found = plain(given["input_ids"], given["attention_mask"]).logits
+    torch.testing.assert_close(found, own_logits(run, client, ["the old horse"], "text"), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("algorithm", ["standalone", "lg-fedavg", "fml", "fedkd", "fedproto", "fedgh"])

@@ -236,6 +236,8 @@ class Backbone:
         """
         values = values or {}
         model = copy.deepcopy(self.module)
+        dtype = next((value.dtype for key, value in values.items() if key.startswith("backbone/")), self.dtype)
+        move(model, dtype, None)  # trained values are wider than a base in bfloat16
         with torch.no_grad():
             for key, value in values.items():
                 if (path := self.reads(key)) is not None:
@@ -245,7 +247,7 @@ class Backbone:
             head = {name: values.get(f"head/{name}", value) for name, value in self.head.named_parameters()}
             found = model.get_submodule(self.head_path)
             layer = joined(found, head) if isinstance(found, nn.Linear) else linear(head["weight"], head.get("bias"))
-            put(model, self.head_path, layer.to(self.device, self.dtype))
+            put(model, self.head_path, layer.to(self.device, dtype))
         return model
 
 
