@@ -112,9 +112,9 @@ def _train(experiment: Experiment, saved: Mapping[str, Any] | None, progress: bo
             resume=saved,
         )
         checkpoint = saved
-        for report, seconds, steps in _timed(reports, experiment):
+        for report, cost in _timed(reports, experiment):
             scores = _scores(experiment, report.checkpoint) if _due(report.round, config) else {}
-            line = _line(report, seconds, steps, scores)
+            line = _line(report, cost, scores)
             files.append(folder / "metrics.jsonl", line)
             watched.done(line)
             known = {"population": experiment.population.digest, "ranks": dict(experiment.spec.ranks)}
@@ -141,14 +141,25 @@ def _resumable(folder: Path) -> Iterator[None]:
         raise Interrupted(f"stopped; go on with: fedlora resume {folder}") from None
 
 
-def _timed(reports: Iterator[Report], experiment: Experiment) -> Iterator[tuple[Report, float, int]]:
-    """Each report with the seconds and client-steps that its round took."""
+@dataclass(frozen=True)
+class Cost:
+    """What a round took: seconds, client-steps, and floating-point operations by client."""
+
+    seconds: float
+    steps: int
+    flops: Mapping[str, float]
+
+
+def _timed(reports: Iterator[Report], experiment: Experiment) -> Iterator[tuple[Report, Cost]]:
+    """Each report with what its round took."""
+    learner = experiment.learner
     while True:
-        start, steps = time.perf_counter(), experiment.learner.steps
+        start, steps, flops = time.perf_counter(), learner.steps, dict(learner.meter.clients)
         report = next(reports, None)
         if report is None:
             return
-        yield report, time.perf_counter() - start, experiment.learner.steps - steps
+        spent = {name: count - flops.get(name, 0.0) for name, count in learner.meter.clients.items()}
+        yield report, Cost(time.perf_counter() - start, learner.steps - steps, {n: f for n, f in spent.items() if f})
 
 
 def _due(round: int, config: RunConfig) -> bool:
@@ -179,9 +190,10 @@ def _permutation(count: int, generator: Any) -> list[int]:
     return torch.randperm(count, generator=generator).tolist()
 
 
-def _line(report: Report, seconds: float, steps: int, scores: Mapping[str, Any]) -> dict[str, Any]:
+def _line(report: Report, cost: Cost, scores: Mapping[str, Any]) -> dict[str, Any]:
     """One line of metrics.jsonl."""
     total, count = report.sums.get("train_loss", (0.0, 0.0))
+    names = sorted({*report.clients, *cost.flops})
     return {
         "round": report.round,
         "loss": total / count if count else None,
@@ -190,9 +202,11 @@ def _line(report: Report, seconds: float, steps: int, scores: Mapping[str, Any])
         "lost": list(report.lost),
         "rejected": dict(report.rejected),
         "bytes": dict(report.bytes),
-        "seconds": seconds,
-        "client_steps": steps,
-        "client_steps_per_second": steps / seconds if steps else 0.0,
+        "flops": sum(cost.flops.values()),
+        "seconds": cost.seconds,
+        "client_steps": cost.steps,
+        "client_steps_per_second": cost.steps / cost.seconds if cost.steps else 0.0,
+        "clients": {name: {**report.clients.get(name, {}), "flops": cost.flops.get(name, 0.0)} for name in names},
         **({"measures": dict(report.measures)} if report.measures else {}),
     }
 
@@ -214,6 +228,7 @@ def _summary(experiment: Experiment, checkpoint: Mapping[str, Any]) -> dict[str,
         **scores,
         "unseen": _unseen(experiment, checkpoint),
         "bytes": totals,
+        "flops": sum(line.get("flops", 0.0) for line in lines),
         "seconds": seconds,
         "client_steps_per_second": steps / seconds if seconds else 0.0,
         "versions": files.versions(),
