@@ -81,4 +81,8 @@ def summarise(by_client: Mapping[str, Mapping[str, Sums]], metric: Metric) -> di
 
 def _others(sums: Sums, metric: Metric) -> dict[str, float]:
     """The task's further scores."""
-    return {name: total / count for name, (total, count) in sums.items() if count and name != metric.name and "/" not in name}
+    return {
+        name: total / count
+        for name, (total, count) in sums.items()
+        if count and name != metric.name and "/" not in name
+    }
