@@ -258,6 +258,22 @@ def test_bytes_are_those_of_frames() -> None:
     assert set(reports[0].bytes.values()) == {0}
 
 
+def test_changes_of_the_base_travel_once() -> None:
+    """FLoRA's payload holds every merge so far; what is sent are those that a client has not seen."""
+    fleet = world("flora")
+    everyone = list(rounds(fleet.algorithm, fleet.spec, fleet, total=4, seed=0))[1:]
+    assert everyone[0].bytes["down"] < everyone[1].bytes["down"]
+    assert len({report.bytes["down"] for report in everyone[1:]}) == 1
+    missed = world("flora")  # the last round asks everybody, of whom c0 alone took part before
+    reports = list(
+        rounds(
+            missed.algorithm, missed.spec, missed, total=4, seed=0, sampler=lambda c, t, s: c[: 1 if t < 4 else None]
+        )
+    )
+    assert reports[1].bytes["down"] < reports[2].bytes["down"] == reports[3].bytes["down"]
+    assert reports[4].bytes["down"] > len(missed.clients) * reports[3].bytes["down"]
+
+
 def test_evaluation_is_lazy_names_its_split_and_serves_strangers() -> None:
     fleet = world("local")
     fleet.inner.strangers = frozenset({"c1"})

@@ -36,7 +36,7 @@ MOMENTS = {
     "while a checkpoint is written": ("fedlora.federation.checkpoint", "_tidy", 3),
     "between a checkpoint's file and its manifest": ("fedlora.federation.checkpoint", "sync", 5),
     "with clients ahead of the server": ("fedlora.federation.checkpoint", "save", 4),
-    "after the last round": ("fedlora.study.run", "write_adapters", 1),
+    "after the last round": ("fedlora.study.run", "write_global", 1),
 }
 ALGORITHMS = ("fedit", "fdlora", "flexlora")
 

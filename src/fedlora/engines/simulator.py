@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fedlora.federation.algorithm import Algorithm, Reply, Request
 from fedlora.federation.client import Executor, Job, Program, handle, personalized
 from fedlora.federation.memory import RamMemory, Store
 from fedlora.federation.orders import Model
-from fedlora.federation.spec import Client, Local, ModelSpec
+from fedlora.federation.spec import Client, Local, ModelSpec, Sums
 
 log = logging.getLogger(__name__)
 WINDOW = 64  # no client starts further ahead of the slowest: it bounds what the server's reorder buffer holds
@@ -43,6 +44,7 @@ class Simulator:
     several clients together. When a program ends, the next client takes its place.
 
     ``facts(id)`` is (number of training examples, counts by label). ``strangers`` can be asked, but never take part.
+    ``deploy(id, models, sums)`` is told the models of every evaluation.
     """
 
     algorithm: Algorithm[Any, Any, Any]
@@ -54,6 +56,7 @@ class Simulator:
     lanes: int = 1
     store: Callable[[str], Store] = RamMemory
     strangers: frozenset[str] = frozenset()
+    deploy: Callable[[str, Mapping[str, Model], Mapping[str, Sums]], None] | None = None
     stores: dict[str, Store] = field(default_factory=dict[str, Store])
 
     def available(self, round: int) -> Sequence[Client]:
@@ -67,7 +70,8 @@ class Simulator:
 
     def program(self, name: str, request: Request) -> Program:
         """The client's side of a request."""
-        return handle(self.algorithm, request, *self.at(name, request))
+        deploy = None if self.deploy is None else partial(self.deploy, name)
+        return handle(self.algorithm, request, *self.at(name, request), deploy)
 
     def at(self, name: str, request: Request) -> tuple[Store, Local]:
         """Where a client's program runs: its memory, and what it knows."""

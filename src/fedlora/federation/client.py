@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
@@ -78,7 +78,14 @@ def sent(update: Update | None) -> Update | None:
     return None if update is None else replace(update, arrays=canonical(update.arrays))
 
 
-def handle(algorithm: Algorithm[Any, Any, Any], request: Request, store: Store, local: Local) -> Program:
+Deploy = Callable[[Mapping[str, Model], Mapping[str, Sums]], None]
+"""Told the models that an evaluation has scored, by variant, the deployed one first, and their sums: where a client's
+adapter is written."""
+
+
+def handle(
+    algorithm: Algorithm[Any, Any, Any], request: Request, store: Store, local: Local, deploy: Deploy | None = None
+) -> Program:
     """Answers a request. The new memory is stored before the reply leaves; an evaluation stores nothing.
 
     An introduction is a function of the client alone: its streams are those of round 0 whenever it runs, at a real
@@ -92,7 +99,7 @@ def handle(algorithm: Algorithm[Any, Any, Any], request: Request, store: Store, 
         store.write(request.run_id, request.round, memory, keep)
         return Reply(*echo, sent(update))
     if request.kind == "evaluate":
-        return Reply(*echo, sums=(yield from evaluated(algorithm, request, store, local)))
+        return Reply(*echo, sums=(yield from evaluated(algorithm, request, store, local, deploy)))
     if request.base_version is None and algorithm.introduction is not None:
         raise ValueError(f"client {local.client.id} was asked to train before its introduction was acknowledged")
     memory = yield from remembered(algorithm, request, store, local)
@@ -120,7 +127,7 @@ def personalized(
 
 
 def evaluated(
-    algorithm: Algorithm[Any, Any, Any], request: Request, store: Store, local: Local
+    algorithm: Algorithm[Any, Any, Any], request: Request, store: Store, local: Local, deploy: Deploy | None
 ) -> Work[dict[str, Sums]]:
     """The sums of every variant, and of the server's model as "global"."""
     judged = yield from personalized(algorithm, request, store, local)
@@ -132,4 +139,6 @@ def evaluated(
     for (split, variant), sums in zip(((s, v) for s in request.splits for v in judged), results, strict=True):
         named = sums if split == request.splits[0] else {f"{split}/{name}": pair for name, pair in sums.items()}
         found[variant] = {**found[variant], **named}
+    if deploy is not None:
+        deploy(judged, found)
     return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from fedlora.adapters.algebra import sites
@@ -10,7 +12,7 @@ from fedlora.federation.algorithm import Request
 from fedlora.federation.client import Job
 from fedlora.federation.memory import quoted
 from fedlora.federation.orders import Model, Score
-from fedlora.federation.spec import Client
+from fedlora.federation.spec import Client, Sums
 from fedlora.study import export
 from fedlora.study.experiment import EVERYONE, Experiment
 
@@ -31,35 +33,43 @@ def deployed(experiment: Experiment, checkpoint: Mapping[str, Any], client: Clie
     return experiment.fleet.models(client.id, request)
 
 
-def write_adapters(
-    experiment: Experiment, checkpoint: Mapping[str, Any], summary: Mapping[str, Any]
-) -> dict[str, float | None]:
-    """``adapters/global`` where a global model exists, and ``adapters/clients/ID`` for as many as the run file says.
+@dataclass(eq=False)
+class Adapters:
+    """Writes ``adapters/clients/ID`` while the clients are scored, for as many as the run file says; holds on to the
+    deployed models where they are to be scored on everybody's data as well."""
 
-    Returns each deployed model's score on everybody's test data, where the run file asks for it.
-    """
-    adapters = experiment.folder / "adapters"
+    experiment: Experiment
+    models: dict[str, Model] = field(default_factory=dict[str, Model])
+
+    @cached_property
+    def written(self) -> frozenset[str]:
+        """The clients whose adapters are written: the first ones."""
+        wanted = self.experiment.config.output.client_adapters
+        judged = [client.id for client in self.experiment.judged]
+        named = {"all": len(judged), "none": 0, None: MOST}
+        return frozenset(judged[: wanted if isinstance(wanted, int) else named[wanted]])
+
+    def __call__(self, client: str, models: Mapping[str, Model], sums: Mapping[str, Sums]) -> None:
+        deployed, model = next(iter(models.items()))
+        if client in self.written:
+            place = self.experiment.folder / "adapters" / export.CLIENTS / quoted(client)
+            write(self.experiment, place, model, client, self.experiment.metric.of(sums[deployed]))
+        if self.experiment.config.training.eval_everyone:
+            self.models[client] = model
+
+    def on_everyone(self) -> dict[str, float | None]:
+        """Each deployed model's score on everybody's test data."""
+        names = sorted(self.models)
+        jobs = [Job(Score(self.models[name], "test"), 0, EVERYONE) for name in names]
+        found = self.experiment.fleet.alone(jobs) if jobs else ()
+        return {name: self.experiment.metric.of(sums) for name, sums in zip(names, found, strict=True)}
+
+
+def write_global(experiment: Experiment, checkpoint: Mapping[str, Any], score: float | None) -> None:
+    """``adapters/global``, where a global model exists."""
     judge = experiment.algorithm.server_model(checkpoint["state"])
     if judge is not None:
-        scores = summary["global"] or {}
-        write(experiment, adapters / export.GLOBAL, judge, None, scores.get("score"))
-    wanted = experiment.config.output.client_adapters
-    named = {"all": len(experiment.judged), "none": 0, None: MOST}
-    count = wanted if isinstance(wanted, int) else named[wanted]
-    everyone = experiment.config.training.eval_everyone
-    general: dict[str, float | None] = {}
-    for position, client in enumerate(experiment.judged):
-        if position >= count and not everyone:
-            break
-        model = next(iter(deployed(experiment, checkpoint, client).values()))
-        if position < count:
-            place = adapters / export.CLIENTS / quoted(client.id)
-            write(experiment, place, model, client.id, summary["personal"]["per_client"].get(client.id))
-        if everyone:
-            general[client.id] = experiment.metric.of(
-                experiment.fleet.alone([Job(Score(model, "test"), 0, EVERYONE)])[0]
-            )
-    return general
+        write(experiment, experiment.folder / "adapters" / export.GLOBAL, judge, None, score)
 
 
 def _whole(model: Model) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from fedlora.engines.simulator import Simulator
 from fedlora.errors import UserError
 from fedlora.federation.algorithm import Algorithm
 from fedlora.federation.memory import DiskMemory
+from fedlora.federation.orders import Model
 from fedlora.federation.rounds import evaluate
 from fedlora.federation.sampling import Cohorts
 from fedlora.federation.spec import Client, Extras, ModelSpec, Sums
@@ -85,12 +86,17 @@ class Experiment:
         """The task's main score."""
         return Metric(*self.task.metric)
 
-    def evaluate(self, checkpoint: Mapping[str, Any], clients: Iterable[Client]) -> dict[str, dict[str, Sums]]:
-        """Sums on the test data by client and variant, the deployed one first."""
+    def evaluate(
+        self,
+        checkpoint: Mapping[str, Any],
+        clients: Iterable[Client],
+        deploy: Callable[[str, Mapping[str, Model], Mapping[str, Sums]], None] | None = None,
+    ) -> dict[str, dict[str, Sums]]:
+        """Sums on the test data by client and variant, the deployed one first; ``deploy`` is told the models."""
         results: Iterator[tuple[str, dict[str, Sums]]] = evaluate(
             self.algorithm,
             checkpoint,
-            self.fleet,
+            replace(self.fleet, deploy=deploy),
             clients,
             total=self.config.training.rounds,
             run_id=self.run_id,

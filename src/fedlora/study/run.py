@@ -15,7 +15,7 @@ from fedlora.federation.rounds import Report, rounds
 from fedlora.federation.spec import Client, stream
 from fedlora.study import folder as files
 from fedlora.study.config import RunConfig, dumps, load, parse
-from fedlora.study.deploy import write_adapters
+from fedlora.study.deploy import Adapters, write_global
 from fedlora.study.experiment import Experiment, assemble
 from fedlora.study.progress import Progress
 from fedlora.study.summary import spread, summarise
@@ -123,11 +123,11 @@ def _train(experiment: Experiment, saved: Mapping[str, Any] | None, progress: bo
             checkpoints.save(folder / "checkpoints", checkpoint)
             report.saved()
         assert checkpoint is not None  # round 0 is always reported
-        watched.say("scoring")
-        summary = _summary(experiment, checkpoint)
-        watched.say("writing adapters")
-        general = write_adapters(experiment, checkpoint, summary)
-        if general:
+        watched.say("scoring, writing adapters")
+        adapters = Adapters(experiment)
+        summary = _summary(experiment, checkpoint, adapters)
+        write_global(experiment, checkpoint, (summary["global"] or {}).get("score"))
+        if general := adapters.on_everyone():
             summary["personal"]["on_everyone"] = spread(general, experiment.metric)
     files.write_json(folder / "summary.json", summary)
     return Result(folder, summary, tuple(files.lines(folder / "metrics.jsonl")))
@@ -211,12 +211,12 @@ def _line(report: Report, cost: Cost, scores: Mapping[str, Any]) -> dict[str, An
     }
 
 
-def _summary(experiment: Experiment, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def _summary(experiment: Experiment, checkpoint: Mapping[str, Any], adapters: Adapters) -> dict[str, Any]:
     """summary.json: final scores of everybody, and totals over the lines of metrics.jsonl."""
     lines = list(files.lines(experiment.folder / "metrics.jsonl"))
     seconds = sum(line["seconds"] for line in lines)
     steps = sum(line["client_steps"] for line in lines)
-    scores = summarise(experiment.evaluate(checkpoint, experiment.judged), experiment.metric)
+    scores = summarise(experiment.evaluate(checkpoint, experiment.judged, adapters), experiment.metric)
     totals = {key: sum(line["bytes"][key] for line in lines) for key in ("up", "down", "setup_up", "setup_down")}
     return {
         "algorithm": experiment.config.algorithm.name,
