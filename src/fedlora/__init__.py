@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from fedlora.study.predict import predict
     from fedlora.study.run import Result, resume, run
 
-# GNU OpenMP's threads spin at barriers as if nobody else wanted the core: beside one busy process a round took ten times
-# as long. With short spinning it takes half as long again, and on a quiet machine as long as before. It is read when
-# torch is first imported.
+# GNU OpenMP's threads spin at barriers as if nobody else wanted the core: beside one busy process a round took ten
+# times as long. With short spinning it takes half as long again, and on a quiet machine as long as before. It is read
+# when torch is first imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = "0.1.0"

@@ -53,8 +53,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """A study, read and checked. ``base``: the run file's tables; ``folder``: where the grid's paths begin; ``settings``: the combinations to tune over (one
-    empty one where nothing is tuned)."""
+    """A study, read and checked. ``base``: the run file's tables; ``folder``: where the grid's paths begin;
+    ``settings``: the combinations to tune over (one empty one where nothing is tuned)."""
 
     base: Mapping[str, Any]
     folder: Path
