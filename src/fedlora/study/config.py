@@ -49,8 +49,8 @@ class ExtrasSettings(Section):
 
 
 class AdapterSettings(Section):
-    """``[adapter]``. ``alpha`` (default 2 x rank) is alpha at the largest rank served; ``targets``: "auto", patterns, or
-    [] (none); ``layers``: indices of the blocks to adapt; ``from``: a PEFT folder to start from."""
+    """``[adapter]``. ``alpha`` (default 2 x rank) is alpha at the largest rank served; ``targets``: "auto", patterns,
+    or [] (none); ``layers``: indices of the blocks to adapt; ``from``: a PEFT folder to start from."""
 
     rank: int = Field(8, ge=1)
     alpha: float | None = Field(None, gt=0)

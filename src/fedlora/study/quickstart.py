@@ -6,6 +6,7 @@ again with ``fedlora run``.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import random
@@ -28,8 +29,8 @@ from fedlora.study.report import megabytes, number
 if TYPE_CHECKING:
     from fedlora.study.run import Result
 
-CLIENTS = 12
-TRAIN_BYTES, HELD_BYTES = 18_000, 4_000
+CLIENTS = 10
+TRAIN_BYTES, HELD_BYTES = 12_000, 3_000
 SPLITS = ("test", "validation", "train")
 
 RUN_FILE = """\
@@ -52,14 +53,16 @@ partition = {{ by = "column", column = "client" }}
 rank = 16
 
 [clients]
-ranks = [4, 8, 16]            # what each client can afford, in turn
+ranks = {ranks}            # what each client can afford, in turn
 
 [algorithm]
 name = "{algorithm}"
 {parameters}
 [training]
 rounds = {rounds}
-{training}
+epochs = 1
+batch_size = {batch_size}
+lr = 0.003
 eval_every = {every}                # rounds between scores; 0: only at the end
 eval_everyone = {everyone}
 
@@ -82,22 +85,40 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run of the quickstart: what its file says."""
+    """A run of the quickstart: what its file says. ``needs``: a module that comes with an extra."""
 
     file: str
     algorithm: str
     rounds: int
-    training: str
     parameters: str = ""
+    ranks: str = "[4, 8, 16]"
+    batch_size: int = 8
     everyone: bool = True
     begin: bool = False  # score the start too
+    needs: str | None = None
 
 
+LEAST = "4  "
+"""What everybody can afford: the rank where all must have the same."""
 PLANS = (
-    Plan("alone", "local", 3, "epochs = 1\nbatch_size = 8\nlr = 0.003"),
-    Plan("flexlora", "flexlora", 5, "epochs = 1\nbatch_size = 8\nlr = 0.003", "finetune_epochs = 1\n"),
-    Plan("pooled", "pooled", 3, "epochs = 1\nbatch_size = 16\nlr = 0.003", everyone=False, begin=True),
+    Plan("alone", "local", 3),
+    Plan("fedit", "fedit", 4, "finetune_epochs = 1\n", LEAST),
+    Plan("flexlora", "flexlora", 4, "finetune_epochs = 1\n"),
+    Plan("fdlora", "fdlora", 4, "stage1_epochs = 1\n", LEAST, needs="cma"),
+    Plan("ce-lora", "ce-lora", 4, "", LEAST, needs="ot"),
+    Plan("pooled", "pooled", 3, batch_size=16, everyone=False, begin=True),
 )
+ROWS = (
+    ("each alone", "alone", True),
+    ("FedIT", "fedit", False),
+    ("FedIT + one local epoch", "fedit", True),
+    ("FlexLoRA", "flexlora", False),
+    ("FlexLoRA + one local epoch", "flexlora", True),
+    ("FDLoRA", "fdlora", True),
+    ("CE-LoRA", "ce-lora", True),
+)
+"""The table's lines between the base and all data pooled: their name, their run, and whether the model is the one that
+a client deploys (else the server's)."""
 
 
 def quickstart(
@@ -114,6 +135,7 @@ def quickstart(
     console.print(f"{len(names)} clients, each one code base: {', '.join(names)}")
     results: dict[str, Result] = {}
     dtype = "auto"
+    plans = [plan for plan in plans if plan.needs is None or importlib.util.find_spec(plan.needs)]
     for plan in plans:
         file = out / f"{plan.file}.toml"
         file.write_text(text_of(plan, seed, file, dtype))
@@ -143,9 +165,10 @@ def text_of(plan: Plan, seed: int, file: Path, dtype: str) -> str:
         everyone=str(plan.everyone).lower(),
         algorithm=plan.algorithm,
         parameters=plan.parameters,
+        ranks=plan.ranks,
         rounds=plan.rounds,
         every=plan.rounds if plan.begin else 0,
-        training=plan.training,
+        batch_size=plan.batch_size,
     )
 
 
@@ -191,21 +214,23 @@ def divided(files: Sequence[tuple[str, str]], name: str, seed: int) -> dict[str,
 
 def rows_of(results: Mapping[str, Result]) -> list[Row]:
     """The table's rows from the runs; the base is what is scored before any training."""
-    alone, flex, pooled = (results[name].summary for name in ("alone", "flexlora", "pooled"))
-    begin = results["pooled"].history[0]
-    variants = flex["personal"]["variants"]
-    traffic = flex["bytes"]["up"] + flex["bytes"]["down"]
+    pooled = results["pooled"]
+    begin, end = pooled.history[0], pooled.summary
+    rows = [_row("base", begin["personal"], begin["global"], 0)]
+    for name, run, deployed in ROWS:
+        if run not in results:
+            continue
+        summary = results[run].summary
+        personal, sent = summary["personal"], sum(summary["bytes"].values())
+        if deployed:
+            rows.append(_row(name, personal, personal["on_everyone"]["mean"], sent))
+        else:
+            rows.append(_row(name, personal["variants"]["global"], summary["global"]["score"], sent))
+    return [*rows, _row("all data pooled (not federated)", end["personal"], end["global"]["score"], 0)]
 
-    def row(name: str, scores: Mapping[str, Any], everyone: float | None, sent: int) -> Row:
-        return Row(name, scores["mean"], scores["std"], scores["worst_decile"], everyone, sent)
 
-    return [
-        row("base", begin["personal"], begin["global"], 0),
-        row("each alone", alone["personal"], alone["personal"]["on_everyone"]["mean"], 0),
-        row("FlexLoRA", variants["global"], flex["global"]["score"], traffic),
-        row("FlexLoRA + one local epoch", variants["finetuned"], flex["personal"]["on_everyone"]["mean"], traffic),
-        row("all data pooled (not federated)", pooled["personal"], pooled["global"]["score"], 0),
-    ]
+def _row(name: str, scores: Mapping[str, Any], everyone: float | None, sent: int) -> Row:
+    return Row(name, scores["mean"], scores["std"], scores["worst_decile"], everyone, sent)
 
 
 def picture(rows: Sequence[Row], clients: int, seconds: float) -> Group:
