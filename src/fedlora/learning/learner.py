@@ -20,13 +20,13 @@ from fedlora.learning.batches import Group, cut, rows_of, to_device
 from fedlora.learning.examples import Examples, Task
 from fedlora.learning.fitting import Fits
 from fedlora.learning.flops import Meter
-from fedlora.learning.footprint import EVERY, limit_kernels, release
+from fedlora.learning.footprint import EVERY, prepare, release
 from fedlora.learning.generation import answer_scores, answers
 from fedlora.learning.lanes import Held, Merges, Stack, alone, anonymous, check, structure
 from fedlora.learning.language import CausalLM
 from fedlora.learning.optim import chosen
 
-limit_kernels()
+prepare()
 Splits = Mapping[str, np.ndarray]
 """Rows of the table by "fit", "holdout" and "test"."""
 SCORING = 4
