@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from fedlora.algorithms.ditto import Ditto
+from fedlora.algorithms.fedrep import FedRep
+from fedlora.errors import UserError
 from fedlora.federation.spec import Extras
 from reference.fake import SPEC, Fake, array, client, close, local, train
 
 CLIENTS = [client("a", examples=10), client("b", examples=30), client("c", examples=60)]
 SHARES = (0.1, 0.3, 0.6)
 HEAD = {"head/weight", "head/bias"}
+WORDS = replace(SPEC, whole={}, labels=())  # language modelling: no classes, no head
 
 
 def params(order: Any) -> Any:
     return order.models.params
+
+
+def expected(state: Any) -> set[str]:
+    """What is sent of a served tree: all but the scales."""
+    return {key for key in state if not key.endswith("/scale")}
 
 
 def test_ditto_averages_one_model_and_pulls_the_other_to_it() -> None:
@@ -65,3 +74,57 @@ def test_ditto_of_newcomers_and_of_private_heads() -> None:
     assert all(torch.equal(params(fake.log[-1])[key], state[key]) for key in state)
     with pytest.raises(ValueError, match="ranks must be equal"):
         ditto.broadcast(state, client("d", 2), 2)
+
+
+def test_fedrep_trains_the_head_first_and_averages_the_rest() -> None:
+    fedrep, memories = FedRep(head_epochs=7), {}
+    begun = fedrep.server_init(SPEC, 0)
+    assert not HEAD & set(begun)
+    state, updates = train(fedrep, begun, CLIENTS, memories=memories)
+    assert all(set(memory) == HEAD for memory in memories.values())
+    for key in updates["a"].arrays:
+        close(
+            state[key], array(begun[key]) + sum(p * array(updates[c.id].arrays[key]) for p, c in zip(SHARES, CLIENTS))
+        )
+    fake = Fake(seed=3)
+    update, kept = fake.run(fedrep.client_update(state, memories["b"], local(CLIENTS[1], 2)))
+    first, second = fake.log
+    assert (first.train, first.epochs) == (("head",), 7)
+    assert (second.train, second.epochs) == (("A", "B"), fedrep.training.epochs)
+    assert all(torch.equal(params(first)[key], state[key]) for key in state)
+    assert all(torch.equal(params(first)[key], memories["b"][key]) for key in HEAD)
+    for key in HEAD:  # the adapter is trained under the new head, which stays as it was then
+        assert torch.equal(params(second)[key], kept[key])
+        assert not torch.equal(kept[key], memories["b"][key])
+    assert set(update.arrays) == expected(state)
+    models = fake.run(fedrep.personalize(state, kept, local(CLIENTS[1], 2)))
+    assert list(models) == ["personal"]
+    assert {key: value.tolist() for key, value in models["personal"].params.items()} == {
+        key: value.tolist() for key, value in {**state, **kept}.items()
+    }
+    assert len(fake.log) == 2  # a client with a head deploys without training
+
+
+@pytest.mark.parametrize("algorithm", [FedRep])
+def test_newcomers_train_a_head_of_their_own_under_the_adapter(algorithm: Any) -> None:
+    one, fake = algorithm(), Fake()
+    state = one.server_init(SPEC, 0)
+    models = fake.run(one.personalize(state, fake.run(one.client_init(local(client("new"))))[1], local(client("new"))))
+    [order] = fake.log
+    assert order.train == ("head",)
+    assert set(models["personal"].params) > HEAD
+    assert all(torch.equal(models["personal"].params[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("algorithm", [FedRep])
+def test_private_heads_are_the_method(algorithm: Any) -> None:
+    with pytest.raises(UserError, match="keeps every client's head at home"):
+        algorithm(extras=Extras(head="share")).server_init(SPEC, 0)
+    with pytest.raises(UserError, match="needs a task with labels"):
+        algorithm().server_init(WORDS, 0)
+    normed = algorithm(extras=Extras(head="private", norm="share"))
+    state, updates = train(normed, normed.server_init(SPEC, 0), CLIENTS)
+    assert "norm/gain" in updates["a"].arrays
+    assert not HEAD & set(updates["a"].arrays)
+    with pytest.raises(ValueError, match="ranks must be equal"):
+        normed.broadcast(state, client("d", 2), 2)

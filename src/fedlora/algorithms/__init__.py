@@ -26,6 +26,7 @@ TABLE: Mapping[str, tuple[str, str]] = {
     "replication": ("replication:Replication", "mixed ranks: missing rows copied from the largest clients"),
     "slora": ("slora:SLoRA", "sparse full tuning first, then LoRA from the SVD of its change"),
     "ditto": ("ditto:Ditto", "FedIT, and a personal model beside it that is pulled towards the average"),
+    "fedrep": ("fedrep:FedRep", "a private head, trained first in every round; then the shared adapter under it"),
     "fdlora": ("fdlora:FDLoRA", "a personal and a global adapter, fused per client without gradients"),
     "standalone": ("standalone:Standalone", "private models, each client alone"),
     "pfedlora": ("pfedlora:PFedLoRA", "private backbones, one small shared adapter on the representation"),

@@ -58,6 +58,16 @@ def needs_labels(spec: ModelSpec, name: str) -> None:
         raise Unsuitable(f"{name} needs a task with labels, and this one has none", "use a classification task")
 
 
+def private_head(spec: ModelSpec, extras: Extras, name: str) -> None:
+    """Refuses a task without a head, or a head that does not stay at home."""
+    needs_labels(spec, name)
+    if extras.head != "private":
+        raise Unsuitable(
+            f"{name} keeps every client's head at home, and [adapter.extras] head is {extras.head!r}",
+            'set it to "private", or use fedit',
+        )
+
+
 def start(spec: ModelSpec, seed: int, extras: Extras) -> dict[str, Tensor]:
     """What a server of averages starts from: the adapter at the largest ranks and the whole parameters that travel."""
     return spec.adapter(spec.ranks, seed) | extras.travelling(spec.start(seed))
