@@ -43,6 +43,7 @@ TABLE: Mapping[str, Row] = {
     "replication": Row(ranks="mixed", shares=0.03),
     "slora": Row({"sparse_rounds": 2, "density": 0.2}, shares=0.04),
     "ditto": Row(),
+    "fedper": Row(),
     "fedrep": Row(),
     "fdlora": Row(shares=0.05),
     "standalone": Row(ranks="unused", private=True),

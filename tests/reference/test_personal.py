@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from fedlora.algorithms.ditto import Ditto
+from fedlora.algorithms.fedper import FedPer
 from fedlora.algorithms.fedrep import FedRep
+from fedlora.algorithms.merging import start
 from fedlora.errors import UserError
+from fedlora.federation.orders import Training
 from fedlora.federation.spec import Extras
 from reference.fake import SPEC, Fake, array, client, close, local, train
 
@@ -105,18 +108,19 @@ def test_fedrep_trains_the_head_first_and_averages_the_rest() -> None:
     assert len(fake.log) == 2  # a client with a head deploys without training
 
 
-@pytest.mark.parametrize("algorithm", [FedRep])
+@pytest.mark.parametrize("algorithm", [FedPer, FedRep])
 def test_newcomers_train_a_head_of_their_own_under_the_adapter(algorithm: Any) -> None:
-    one, fake = algorithm(), Fake()
+    one, fake, me = algorithm(training=Training(schedule="linear")), Fake(), local(client("new"), 5, 5)
     state = one.server_init(SPEC, 0)
-    models = fake.run(one.personalize(state, fake.run(one.client_init(local(client("new"))))[1], local(client("new"))))
+    models = fake.run(one.personalize(state, fake.run(one.client_init(me))[1], me))
     [order] = fake.log
     assert order.train == ("head",)
+    assert order.optimizer == Training().optimizer  # at the full rate, also after the last round
     assert set(models["personal"].params) > HEAD
     assert all(torch.equal(models["personal"].params[key], state[key]) for key in state)
 
 
-@pytest.mark.parametrize("algorithm", [FedRep])
+@pytest.mark.parametrize("algorithm", [FedPer, FedRep])
 def test_private_heads_are_the_method(algorithm: Any) -> None:
     with pytest.raises(UserError, match="keeps every client's head at home"):
         algorithm(extras=Extras(head="share")).server_init(SPEC, 0)
@@ -128,3 +132,28 @@ def test_private_heads_are_the_method(algorithm: Any) -> None:
     assert not HEAD & set(updates["a"].arrays)
     with pytest.raises(ValueError, match="ranks must be equal"):
         normed.broadcast(state, client("d", 2), 2)
+
+
+def test_fedper_averages_what_is_below_the_head() -> None:
+    """Two rounds by numpy: theta is the mean of what clients trained, every head is the client's own."""
+    fedper, memories = FedPer(), {}
+    state = fedper.server_init(SPEC, 0)
+    assert set(state) == {key for key in start(SPEC, 0, Extras()) if key not in HEAD}
+    for round in (1, 2):
+        before, old = state, dict(memories)
+        state, updates = train(fedper, before, CLIENTS, round=round, memories=memories)
+        for key in expected(state):
+            trained = [array(before[key]) + array(updates[c.id].arrays[key]) for c in CLIENTS]
+            close(state[key], sum(p * t for p, t in zip(SHARES, trained)))
+        assert all(set(memory) == HEAD for memory in memories.values())
+        assert round == 1 or not any(torch.equal(memories[c.id]["head/bias"], old[c.id]["head/bias"]) for c in CLIENTS)
+    fake = Fake()
+    fake.run(fedper.client_update(state, memories["c"], local(CLIENTS[2], 3)))
+    [order] = fake.log
+    assert order.train == ("A", "B", "head")
+    assert set(params(order)) == set(state) | HEAD
+    assert all(torch.equal(params(order)[key], memories["c"][key]) for key in HEAD)
+    [(name, model)] = fake.run(fedper.personalize(state, memories["c"], local(CLIENTS[2], 3))).items()
+    assert name == "personal"
+    assert all(torch.equal(model.params[key], {**state, **memories["c"]}[key]) for key in model.params)
+    assert fedper.server_model(state) is None

@@ -26,6 +26,7 @@ TABLE: Mapping[str, tuple[str, str]] = {
     "replication": ("replication:Replication", "mixed ranks: missing rows copied from the largest clients"),
     "slora": ("slora:SLoRA", "sparse full tuning first, then LoRA from the SVD of its change"),
     "ditto": ("ditto:Ditto", "FedIT, and a personal model beside it that is pulled towards the average"),
+    "fedper": ("fedper:FedPer", "one adapter averaged under private heads, all trained together"),
     "fedrep": ("fedrep:FedRep", "a private head, trained first in every round; then the shared adapter under it"),
     "fdlora": ("fdlora:FDLoRA", "a personal and a global adapter, fused per client without gradients"),
     "standalone": ("standalone:Standalone", "private models, each client alone"),

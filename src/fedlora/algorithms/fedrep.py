@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fedlora.adapters.algebra import add, difference, shapes
 from fedlora.algorithms.merging import equal_ranks, private_head, start, trained
@@ -21,8 +21,8 @@ class FedRep(Algorithm[Tree, Tree, Tree]):
         theta_i <- training of the adapter under h_i, as [training] says           h_i fixed
         theta   <- theta + sum_i p_i (theta_i - theta),                            p_i = n_i / sum n over the round
 
-    Deployed: theta under h_i, as it stands. A client that has no head yet (a newcomer that is scored) first trains one.
-    Norms and embeddings that train go with the adapter. No single global model; tasks without a head are refused.
+    Deployed: theta under h_i, as it stands. A client that has no head yet (a newcomer that is scored) first trains one,
+    at a constant rate. Norms and embeddings that train go with the adapter. No single global model; tasks without a head are refused.
     Equal ranks.
 
     Travels: A, B, shared extras but the head, both ways. Stays: the head, private extras. Paper: arXiv 2102.07078 (its
@@ -55,14 +55,10 @@ class FedRep(Algorithm[Tree, Tree, Tree]):
         return state
 
     def client_update(self, payload: Tree, memory: Tree, local: Local) -> Work[tuple[Update, Tree]]:
-        headed = yield from self.fit_head({**payload, **memory}, local)
+        headed = yield from self.training.fit(local, Model({**payload, **memory}), ("head",), epochs=self.head_epochs)
         rest = tuple(name for name in trained(local.spec, self.extras, "A", "B") if name != "head")
         tuned = yield from self.training.fit(local, Model(headed.params), rest)
         return Update(difference(tuned.params, payload), local.examples, tuned.sums), self.extras.staying(tuned.params)
-
-    def fit_head(self, params: Tree, local: Local) -> Work[Tuned]:
-        """The first half of a round."""
-        return (yield from self.training.fit(local, Model(params), ("head",), epochs=self.head_epochs))
 
     def expects(self, state: Tree, client: Client, round: int, kind: Kind) -> Mapping[str, Shape | None]:
         return shapes(difference(state, state))
@@ -72,6 +68,7 @@ class FedRep(Algorithm[Tree, Tree, Tree]):
 
     def personalize(self, payload: Tree, memory: Tree, local: Local) -> Work[Mapping[str, Model]]:
         if not memory:
-            headed = yield from self.fit_head(payload, local)
+            constant = replace(self.training, schedule="constant")  # a schedule ends near zero
+            headed = yield from constant.fit(local, Model(payload), ("head",), epochs=self.head_epochs)
             return {"personal": Model(headed.params)}
         return {"personal": Model({**payload, **memory})}
