@@ -45,6 +45,7 @@ TABLE: Mapping[str, Row] = {
     "ditto": Row(),
     "fedper": Row(),
     "fedrep": Row(),
+    "fedrod": Row(),
     "fdlora": Row(shares=0.05),
     "standalone": Row(ranks="unused", private=True),
     "pfedlora": Row({"training": SGD}, ranks="unused", private=True),

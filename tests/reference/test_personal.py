@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from fedlora.algorithms.ditto import Ditto
 from fedlora.algorithms.fedper import FedPer
 from fedlora.algorithms.fedrep import FedRep
+from fedlora.algorithms.fedrod import BIAS, WEIGHT, FedRoD, both
 from fedlora.algorithms.merging import start
 from fedlora.errors import UserError
-from fedlora.federation.orders import Training
+from fedlora.federation.orders import Batch, Outputs, Training
 from fedlora.federation.spec import Extras
 from reference.fake import SPEC, Fake, array, client, close, local, train
 
@@ -157,3 +159,64 @@ def test_fedper_averages_what_is_below_the_head() -> None:
     assert name == "personal"
     assert all(torch.equal(model.params[key], {**state, **memories["c"]}[key]) for key in model.params)
     assert fedper.server_model(state) is None
+
+
+COUNTS = {"red": 12, "blue": 3}  # no green
+
+
+def test_fedrod_trains_two_terms_that_do_not_feel_each_other() -> None:
+    """Values by numpy; gradients: the generic logits get the balanced term's, the personal head the plain one's."""
+    rng = np.random.default_rng(0)
+    g, z, labels = rng.normal(size=(5, 3)), rng.normal(size=(5, 6)), np.array([0, 2, 2, 0, 2])
+    p, b = rng.normal(size=(3, 6)), rng.normal(size=3)
+    fedrod, fake = FedRoD(), Fake()
+    me = local(CLIENTS[0], counts=COUNTS)
+    fake.run(fedrod.client_update(fedrod.server_init(SPEC, 0), fake.run(fedrod.client_init(me))[1], me))
+    [order] = fake.log
+    assert order.train == ("A", "B", "head", "extra/personal")
+    assert dict(order.optimizer.lrs) == {"head": 2e-2, "extra/personal": 2e-2}
+    held = {k: torch.tensor(v).requires_grad_() for k, v in {"logits": g, "features": z, WEIGHT: p, BIAS: b}.items()}
+    own = {**params(order), WEIGHT: held[WEIGHT], BIAS: held[BIAS]}
+    outputs = {"model": Outputs(held["logits"], held["features"])}
+    losses = order.objective(outputs, {"model": own}, Batch(None, torch.tensor(labels)))
+    losses.sum().backward()  # type: ignore[no-untyped-call]
+
+    weighted = np.exp(g) * np.array([12, 0, 3])
+    balanced = weighted / weighted.sum(1, keepdims=True)
+    total = np.exp(g + z @ p.T + b)
+    plain, truth, rows = total / total.sum(1, keepdims=True), np.eye(3)[labels], np.arange(5)
+    close(losses, -np.log(balanced[rows, labels]) - np.log(plain[rows, labels]))
+    close(held["logits"].grad, balanced - truth)  # type: ignore[arg-type]
+    close(held[WEIGHT].grad, (plain - truth).T @ z)  # type: ignore[arg-type]
+    close(held[BIAS].grad, (plain - truth).sum(0))  # type: ignore[arg-type]
+    assert held["features"].grad is None
+    close(both(outputs["model"], own), g + z @ p.T + b)
+
+
+def test_fedrod_keeps_its_personal_head_and_averages_the_rest() -> None:
+    fedrod, memories = FedRoD(), {}
+    begun = fedrod.server_init(SPEC, 0)
+    state, updates = train(fedrod, begun, CLIENTS, memories=memories)
+    assert all(set(memory) == {WEIGHT, BIAS} for memory in memories.values())
+    for key in updates["a"].arrays:
+        trained = [array(begun[key]) + array(updates[c.id].arrays[key]) for c in CLIENTS]
+        close(state[key], sum(p * t for p, t in zip(SHARES, trained)))
+    assert set(updates["a"].arrays) == expected(begun) > HEAD
+    fake, me = Fake(), local(CLIENTS[0], 2, counts=COUNTS)
+    fake.run(fedrod.client_update(state, memories["a"], me))
+    assert torch.equal(params(fake.log[0])[WEIGHT], memories["a"][WEIGHT])
+    models = fake.run(fedrod.personalize(state, memories["a"], me))
+    assert list(models) == ["personal", "generic"]
+    assert models["personal"].predict is both
+    assert models["generic"].params.keys() == state.keys()
+    assert models["generic"].plain()["params"].keys() == fedrod.server_model(state).params.keys()  # type: ignore[union-attr]
+    _, nothing = fake.run(fedrod.client_init(me))
+    new = fake.run(fedrod.personalize(state, nothing, me))["personal"]
+    logits, features = torch.randn(2, 3).double(), torch.randn(2, 6).double()
+    assert torch.equal(new.predict(Outputs(logits, features), new.params), logits)  # zero: the generic model
+    with pytest.raises(UserError, match="needs a task with labels"):
+        fedrod.server_init(WORDS, 0)
+    with pytest.raises(UserError, match="trains a generic head"):
+        FedRoD(extras=Extras(head="frozen")).server_init(SPEC, 0)
+    with pytest.raises(ValueError, match="ranks must be equal"):
+        fedrod.broadcast(state, client("d", 2), 2)

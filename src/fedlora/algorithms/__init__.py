@@ -28,6 +28,7 @@ TABLE: Mapping[str, tuple[str, str]] = {
     "ditto": ("ditto:Ditto", "FedIT, and a personal model beside it that is pulled towards the average"),
     "fedper": ("fedper:FedPer", "one adapter averaged under private heads, all trained together"),
     "fedrep": ("fedrep:FedRep", "a private head, trained first in every round; then the shared adapter under it"),
+    "fedrod": ("fedrod:FedRoD", "a shared model trained as if classes were balanced, and a private head beside its own"),
     "fdlora": ("fdlora:FDLoRA", "a personal and a global adapter, fused per client without gradients"),
     "standalone": ("standalone:Standalone", "private models, each client alone"),
     "pfedlora": ("pfedlora:PFedLoRA", "private backbones, one small shared adapter on the representation"),

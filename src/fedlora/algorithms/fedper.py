@@ -19,9 +19,9 @@ class FedPer(Algorithm[Tree, Tree, Tree]):
 
         theta_i, h_i <- local training of (theta, h_i);   theta <- theta + sum_i p_i (theta_i - theta),  p_i = n_i / n
 
-    Deployed: theta under h_i. A client that has no head yet (a newcomer that is scored) first trains one under theta, for
-    a round's length at a constant rate. This is FedIT with a private head, under its paper's name. No single global model; tasks
-    without a head are refused. Equal ranks.
+    Deployed: theta under h_i. A client without a head yet (a newcomer that is scored) first trains one under theta, for
+    a round's length at a constant rate. This is FedIT with a private head, under its paper's name. No single global
+    model; tasks without a head are refused. Equal ranks.
 
     Travels: A, B, shared extras but the head, both ways. Stays: the head, private extras. Paper: arXiv 1912.00818.
 

@@ -9,7 +9,7 @@ from fedlora.adapters.algebra import add, difference, shapes
 from fedlora.algorithms.merging import equal_ranks, private_head, start, trained
 from fedlora.federation.aggregate import Mean
 from fedlora.federation.algorithm import Algorithm, Kind, Update
-from fedlora.federation.orders import Model, Training, Tuned, Work
+from fedlora.federation.orders import Model, Training, Work
 from fedlora.federation.spec import Client, Extras, Local, ModelSpec, Shape, Tree
 
 
@@ -21,13 +21,14 @@ class FedRep(Algorithm[Tree, Tree, Tree]):
         theta_i <- training of the adapter under h_i, as [training] says           h_i fixed
         theta   <- theta + sum_i p_i (theta_i - theta),                            p_i = n_i / sum n over the round
 
-    Deployed: theta under h_i, as it stands. A client that has no head yet (a newcomer that is scored) first trains one,
-    at a constant rate. Norms and embeddings that train go with the adapter. No single global model; tasks without a head are refused.
-    Equal ranks.
+    Deployed: theta under h_i, as it stands. A client without a head yet (a newcomer that is scored) first trains one
+    at a constant rate. Norms and embeddings that train go with the adapter. No single global model; tasks without a head
+    are refused. Equal ranks.
 
     Travels: A, B, shared extras but the head, both ways. Stays: the head, private extras. Paper: arXiv 2102.07078 (its
     ten passes of the head, then one of the rest).
 
+    >>> from fedlora.federation.orders import Tuned
     >>> spec = ModelSpec({"q": (3, 2)}, {"q": 1}, {"head/bias": (2,)}, ("no", "yes"), width=3)
     >>> me, fedrep = Local(Client("a", {"q": 1}), spec, 1, 5, 0, 10, {}), FedRep()
     >>> work = fedrep.client_update(fedrep.server_init(spec, seed=0), {}, me)
