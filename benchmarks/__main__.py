@@ -8,10 +8,15 @@ from collections.abc import Callable
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub
 
-from benchmarks import lanes, memory, startup
+from benchmarks import communication, lanes, memory, startup
 from benchmarks.report import Report
 
-BENCHMARKS: dict[str, Callable[[bool], Report]] = {"startup": startup.run, "memory": memory.run, "lanes": lanes.run}
+BENCHMARKS: dict[str, Callable[[bool], Report]] = {
+    "startup": startup.run,
+    "communication": communication.run,
+    "memory": memory.run,
+    "lanes": lanes.run,
+}
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from fedlora.federation.client import Job
-from fedlora.federation.orders import Fit, Model, Optimizer, Proximal, Score
+from fedlora.federation.orders import Features, Fit, Model, Optimizer, Proximal, Score
 from fedlora.learning.fitting import Diverged, Fits
 from fedlora.learning.optim import plan
 from fedlora.learning.tasks import CausalLM
@@ -47,6 +47,30 @@ def orders(spec, optimizer: Optimizer, core: bool = False, epochs: int = 5) -> d
     train = ("A", "B", *(("C",) if core else ()), *(("head",) if spec.labels else ()))
     trees = [adapter(spec, RANKS[k % 3], seed=k, core=core) for k in range(len(CLIENTS))]
     return {c: Fit(Model(t), train, epochs, batch_size=4, optimizer=optimizer) for c, t in zip(CLIENTS, trees)}
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize(("lanes", "dropout"), [(1, 0.0), (4, 0.3)])
+def test_batches_of_few_shapes_change_nothing_else(
+    kind: str, lanes: int, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What bfloat16 does to its batches, tried in float64: longer rows, more rows, the same numbers."""
+    found = []
+    for coarse in (False, True):
+        monkeypatch.setattr("fedlora.learning.learner.COMPILED", (torch.float64,) if coarse else ())
+        executor = world(kind, lanes, dropout=dropout)
+        fitted = run(executor, orders(executor.spec, ADAMW, epochs=2))
+        models = {c: Model(fitted[c].params) for c in CLIENTS}
+        scored = run(executor, {c: Score(m, "test") for c, m in models.items()})
+        features = run(executor, {c: Features(m, "holdout") for c, m in models.items()})
+        found.append((fitted, scored, features))
+    plain, coarse = found
+    for c in CLIENTS:
+        assert distance(plain[0][c].params, coarse[0][c].params) < 1e-10
+        assert plain[1][c].keys() == coarse[1][c].keys()
+        for name, pair in plain[1][c].items():
+            assert coarse[1][c][name] == pytest.approx(pair, abs=1e-9)
+        assert float((plain[2][c][0] - coarse[2][c][0]).abs().max()) < 1e-10
 
 
 @pytest.mark.parametrize(

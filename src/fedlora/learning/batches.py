@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from math import gcd
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fedlora.adapters.lora import Segment
 
@@ -70,6 +72,28 @@ def segments(lanes: np.ndarray) -> tuple[Segment, ...]:
 def rows_of(values: Tensor, segment: Segment) -> Tensor:
     """A segment's part of something that has one entry per row."""
     return values[segment[1] : segment[2]]
+
+
+LENGTH, TOKENS = 8, 64
+
+
+def steady(inputs: dict[str, Tensor], labels: Tensor, longest: int) -> tuple[dict[str, Tensor], Tensor]:
+    """A text batch of one of few shapes: its length a multiple of 8 (at most ``longest``), its tokens one of 64, by
+    rows of padding at the end. Labels grow in length only: what is added has none.
+
+    oneDNN compiles a bfloat16 kernel for every number of tokens, which takes longer than a pass and is never forgotten.
+
+    >>> ids = torch.ones(3, 5, dtype=torch.int64)
+    >>> grown, labels = steady({"input_ids": ids, "attention_mask": ids}, torch.tensor([0, 1, 2]), 40)
+    >>> grown["input_ids"].shape, int(grown["attention_mask"].sum()), len(labels)
+    (torch.Size([8, 8]), 20, 3)
+    """
+    rows, length = inputs["attention_mask"].shape
+    longer = max(min(length + -length % LENGTH, longest) - length, 0)
+    more = -rows % (TOKENS // gcd(TOKENS, length + longer))
+    grown = {name: functional.pad(value, (0, longer, 0, more)) for name, value in inputs.items()}
+    grown["attention_mask"][rows:, 0] = 1  # attention to nothing at all is not a number
+    return grown, functional.pad(labels, (0, longer), value=-100) if labels.dim() == 2 else labels
 
 
 def to_device(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -189,11 +189,18 @@ class Stack:
         masks: Sequence[Tensor | None],
         dropout: Dropout | None = None,
     ) -> Outputs:
-        """What each row's own model says of it. ``masks``: (labels,) per lane, True where a label is the client's."""
-        plan, overrides = self.plan(inputs, segments, dropout)
+        """What each row's own model says of it. ``masks``: (labels,) per lane, True where a label is the client's.
+
+        Rows of padding beyond the last segment count as its own on the way, and nothing is said of them.
+        """
+        lane, start, real = segments[-1]
+        rows = len(next(iter(inputs.values())))
+        if dropout is not None:
+            dropout = replace(dropout, keys=functional.pad(dropout.keys, (0, rows - real)))
+        plan, overrides = self.plan(inputs, (*segments[:-1], (lane, start, rows)), dropout)
         features, logits = self.backbone.forward(inputs, plan, overrides)
-        features = features.to(self.dtype)
-        logits = self._classify(features, segments) if logits is None else logits.to(self.dtype)
+        features = features[:real].to(self.dtype)
+        logits = self._classify(features, segments) if logits is None else logits[:real].to(self.dtype)
         if any(masks[lane] is not None for lane, _, _ in segments):
             parts = [(rows_of(logits, s), masks[s[0]]) for s in segments]
             logits = torch.cat([v if m is None else v.masked_fill(~m.to(v.device), FORBIDDEN) for v, m in parts])

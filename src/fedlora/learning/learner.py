@@ -16,7 +16,7 @@ from fedlora.federation.client import Job
 from fedlora.federation.orders import Fit, Model, Order, Score, Split, logits
 from fedlora.federation.spec import ModelSpec
 from fedlora.learning.backbone import Backbone
-from fedlora.learning.batches import Group, cut, rows_of, to_device
+from fedlora.learning.batches import Group, cut, rows_of, steady, to_device
 from fedlora.learning.examples import Examples, Task
 from fedlora.learning.fitting import Fits
 from fedlora.learning.flops import Meter
@@ -27,6 +27,8 @@ from fedlora.learning.language import CausalLM
 from fedlora.learning.optim import chosen
 
 prepare()
+COMPILED = (torch.bfloat16,)
+"""Types whose matrix products are compiled for every shape."""
 Splits = Mapping[str, np.ndarray]
 """Rows of the table by "fit", "holdout" and "test"."""
 SCORING = 4
@@ -283,7 +285,10 @@ class Learner:
 
     def batch(self, backbone: Backbone, name: str, group: Group) -> tuple[dict[str, Tensor], Tensor]:
         """A group's inputs and labels, where the backbone is."""
-        inputs, labels = self.task.collate(self.store(name), group.units)
+        store = self.store(name)
+        inputs, labels = self.task.collate(store, group.units)
+        if backbone.dtype in COMPILED and "attention_mask" in inputs:
+            inputs, labels = steady(dict(inputs), labels, int(store.lengths.max()))
         return to_device(inputs, backbone.device, backbone.dtype), labels.to(backbone.device)
 
 
