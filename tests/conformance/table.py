@@ -46,6 +46,7 @@ TABLE: Mapping[str, Row] = {
     "fedper": Row(),
     "fedrep": Row(),
     "fedrod": Row(),
+    "fedamp": Row(),
     "fdlora": Row(shares=0.05),
     "standalone": Row(ranks="unused", private=True),
     "pfedlora": Row({"training": SGD}, ranks="unused", private=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from fedlora.algorithms.ditto import Ditto
+from fedlora.algorithms.fedamp import FedAMP, attention
 from fedlora.algorithms.fedper import FedPer
 from fedlora.algorithms.fedrep import FedRep
 from fedlora.algorithms.fedrod import BIAS, WEIGHT, FedRoD, both
@@ -220,3 +222,64 @@ def test_fedrod_keeps_its_personal_head_and_averages_the_rest() -> None:
         FedRoD(extras=Extras(head="frozen")).server_init(SPEC, 0)
     with pytest.raises(ValueError, match="ranks must be equal"):
         fedrod.broadcast(state, client("d", 2), 2)
+
+
+def test_fedamp_mixes_by_distance_as_an_element_at_a_time() -> None:
+    fedamp = FedAMP(sigma=0.5, step=0.8)
+    state = fedamp.server_init(SPEC, 0)
+    first, updates = train(fedamp, state, CLIENTS[:2], round=1)
+    state, more = train(fedamp, first, CLIENTS[1:], round=2)  # a's last model is from round 1
+    models = {name: u.arrays for name, u in {**updates, **more}.items()}
+    flat = {name: np.concatenate([array(t[key]).ravel() for key in sorted(t)]) for name, t in models.items()}
+    squared = {(i, j): sum((x - y) ** 2 for x, y in zip(flat[i], flat[j])) for i in flat for j in flat}
+    scale = 0.5 * np.median([squared[pair] for pair in (("a", "b"), ("a", "c"), ("b", "c"))])
+    for i in "abc":
+        share = {j: 0.8 / 3 * math.exp(-squared[i, j] / scale) for j in "abc" if j != i}
+        share[i] = 1 - sum(share.values())
+        assert share[i] > 0.2
+        served = fedamp.broadcast(state, client(i), 3)
+        for key in models["a"]:
+            close(served[key], sum(share[j] * array(models[j][key]) for j in "abc"))
+        assert all(torch.equal(served[key], first["start"][key]) for key in served if key.endswith("/scale"))
+    stranger = fedamp.broadcast(state, client("new"), 3)
+    close(stranger["up/A"], sum(array(models[j]["up/A"]) for j in "abc") / 3)
+    assert fedamp.server_model(state) is None
+
+
+def test_fedamp_limits() -> None:
+    """Equal models are averaged, far ones keep to themselves, two pairs of neighbours stay two pairs."""
+    place = {"a": 0.0, "b": 0.1, "c": 50.0, "d": 50.1}
+    pairs = attention({n: {"x": torch.full((2, 3), v)} for n, v in place.items()}, 0.01, 1.0)
+    assert pairs["a"]["b"] == pytest.approx(0.25, rel=1e-3)
+    assert pairs["a"]["a"] == pytest.approx(0.75, rel=1e-3)
+    assert pairs["c"]["a"] < 1e-12
+    equal = attention({name: {"x": torch.ones(2)} for name in "abcd"}, 1.0, 1.0)
+    assert all(v == 0.25 for row in equal.values() for v in row.values())
+    assert attention({"a": {"x": torch.ones(2)}}, 1.0, 1.0) == {"a": {"a": 1.0}}
+    for wrong in ({"step": 1.5}, {"sigma": 0.0}):
+        with pytest.raises(UserError, match="fedamp mixes with"):
+            FedAMP(**wrong).server_init(SPEC, 0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="ranks must be equal"):
+        FedAMP().broadcast(FedAMP().server_init(SPEC, 0), client("d", 2), 1)
+
+
+@pytest.mark.parametrize("head", ["share", "private"])
+def test_fedamp_trains_from_its_cloud_and_deploys_its_own(head: Any) -> None:
+    fedamp, memories = FedAMP(proximal=0.3, extras=Extras(head=head)), {}
+    state, _ = train(fedamp, fedamp.server_init(SPEC, 0), CLIENTS, memories=memories)
+    cloud, fake = fedamp.broadcast(state, CLIENTS[0], 2), Fake(seed=4)
+    update, kept = fake.run(fedamp.client_update(cloud, memories["a"], local(CLIENTS[0], 2)))
+    [order] = fake.log
+    assert order.proximal.strength == 0.3
+    for key in update.arrays:
+        assert torch.equal(params(order)[key], cloud[key])
+        assert torch.equal(order.proximal.anchor[key], cloud[key])
+        assert torch.equal(update.arrays[key], kept[key])  # values: the server mixes them
+    assert set(update.arrays) == expected(cloud)
+    assert bool(HEAD & set(cloud)) == (head == "share")
+    if head == "private":
+        assert torch.equal(params(order)["head/bias"], memories["a"]["head/bias"])
+    models = fake.run(fedamp.personalize(cloud, kept, local(CLIENTS[0], 3)))
+    assert list(models) == ["personal", "cloud"]
+    assert all(torch.equal(models["personal"].params[key], kept[key]) for key in kept)
+    assert all(torch.equal(models["cloud"].params[key], cloud[key]) for key in cloud)

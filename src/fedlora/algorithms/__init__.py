@@ -29,6 +29,7 @@ TABLE: Mapping[str, tuple[str, str]] = {
     "fedper": ("fedper:FedPer", "one adapter averaged under private heads, all trained together"),
     "fedrep": ("fedrep:FedRep", "a private head, trained first in every round; then the shared adapter under it"),
     "fedrod": ("fedrod:FedRoD", "a shared model trained as if classes were balanced, and a private head beside its own"),
+    "fedamp": ("fedamp:FedAMP", "every client its own mixture of all clients' models, by their distances"),
     "fdlora": ("fdlora:FDLoRA", "a personal and a global adapter, fused per client without gradients"),
     "standalone": ("standalone:Standalone", "private models, each client alone"),
     "pfedlora": ("pfedlora:PFedLoRA", "private backbones, one small shared adapter on the representation"),

@@ -21,9 +21,9 @@ class FedRep(Algorithm[Tree, Tree, Tree]):
         theta_i <- training of the adapter under h_i, as [training] says           h_i fixed
         theta   <- theta + sum_i p_i (theta_i - theta),                            p_i = n_i / sum n over the round
 
-    Deployed: theta under h_i, as it stands. A client without a head yet (a newcomer that is scored) first trains one
-    at a constant rate. Norms and embeddings that train go with the adapter. No single global model; tasks without a head
-    are refused. Equal ranks.
+    Deployed: theta under h_i, as it stands. A client without a head yet (a newcomer that is scored) first trains one,
+    at a constant rate. Norms and embeddings that train go with the adapter. No single global model; tasks without a
+    head are refused. Equal ranks.
 
     Travels: A, B, shared extras but the head, both ways. Stays: the head, private extras. Paper: arXiv 2102.07078 (its
     ten passes of the head, then one of the rest).
