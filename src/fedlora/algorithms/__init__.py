@@ -13,7 +13,7 @@ TABLE: Mapping[str, tuple[str, str]] = {
     "local": ("local:LocalOnly", "each client alone, epochs chosen by validation"),
     "head-only": ("head_only:HeadOnly", "a linear head on the frozen base, averaged or private"),
     "pooled": ("pooled:Pooled", "all data in one place: an upper bound, not federated"),
-    "fedit": ("fedit:FedIT", "FedAvg on LoRA, with FedProx, server optimisers, fine-tuning and class priors"),
+    "fedit": ("fedit:FedIT", "FedAvg on LoRA; FedProx, server optimisers, local fine-tuning (finetune_epochs = 1), class priors"),
     "ffa-lora": ("ffa_lora:FFALoRA", "A frozen at a shared random start, B averaged"),
     "fedsa-lora": ("fedsa_lora:FedSALoRA", "A averaged, B private"),
     "rolora": ("rolora:RoLoRA", "rounds alternate between B and A"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedlora.adapters.algebra import difference, mixture, shapes
 from fedlora.algorithms.merging import Unsuitable, equal_ranks, start, trained
@@ -26,8 +27,8 @@ class FedAMP(Algorithm[State, Tree, Mapping[str, Any]]):
         u_i  = sum_j xi_ij w_j,    xi_ij = step / N exp(-|w_i - w_j|^2 / s)  for j != i,    xi_ii = 1 - the others
         w_i <- local training from u_i of  f_i(w) + proximal / 2 |w - u_i|^2
 
-    w is all that travels, A, B and shared extras, one long vector; N clients have been heard; examples do not weigh. The
-    paper's xi is ``alpha exp(-d^2 / sigma) / sigma`` with both set by hand for its networks. Here s = ``sigma`` times
+    w is all that travels, A, B and shared extras, one long vector; N clients have been heard. The paper's
+    xi is ``alpha exp(-d^2 / sigma) / sigma`` with both set by hand for its networks. Here s = ``sigma`` times
     the median squared distance over all pairs, renewed every round, because the distances of adapters depend on rank,
     scale and learning rate; and ``step`` in [0, 1], divided by N, keeps every mixture convex: at 1, equal models are
     plainly averaged. A client not heard yet receives the unweighted mean of all models.
@@ -96,7 +97,8 @@ def attention(models: Mapping[str, Tree], sigma: float, step: float) -> dict[str
     squared = torch.stack([(flat - one).square().sum(1) for one in flat])
     apart = squared[squared > 0]
     scale = sigma * float(apart.quantile(0.5)) if len(apart) else 1.0
-    share = (step / len(names)) * (-squared / scale).exp()
+    share: Tensor = (step / len(names)) * (-squared / scale).exp()
     share.fill_diagonal_(0.0)
     share += torch.diag(1 - share.sum(1))
-    return {name: dict(zip(names, row)) for name, row in zip(names, share.tolist())}
+    rows: list[list[float]] = share.tolist()  # type: ignore[reportUnknownMemberType]
+    return {name: dict(zip(names, row)) for name, row in zip(names, rows)}

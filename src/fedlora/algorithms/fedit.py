@@ -33,7 +33,7 @@ PRIOR = "extra/prior"  # what is added to the logits
 
 @dataclass(frozen=True)
 class FedIT(Algorithm[State, Tree, Tree]):
-    """FedAvg on LoRA: A, B and the head averaged separately, each client weighted by its examples.
+    """FedAvg on LoRA: A, B and head averaged, weighted by examples; ``finetune_epochs`` adds local fine-tuning.
 
         client i:  theta_i <- local training from theta        (+ proximal / 2 |theta_i - theta|^2: FedProx, 1812.06127)
         server:    d = sum_i p_i (theta_i - theta),  theta <- theta + step(d)         p_i = n_i / sum n over the round
