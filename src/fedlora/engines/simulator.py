@@ -15,7 +15,7 @@ from fedlora.federation.orders import Model
 from fedlora.federation.spec import Client, Local, ModelSpec, Sums
 
 log = logging.getLogger(__name__)
-WINDOW = 64  # no client starts further ahead of the slowest: it bounds what the server's reorder buffer holds
+WINDOW = 32  # no client starts further ahead of the slowest: it bounds what the server's reorder buffer holds
 
 
 @dataclass(eq=False)
