@@ -540,6 +540,7 @@ def test_image_files_are_classified(tmp_path) -> None:
     "algorithm",
     [
         *({"name": name} for name in sorted(ALGORITHMS)),
+        {"name": "fdlora", "fusion": "product"},
         {"name": "slora", "sparse_rounds": 1},
         {"name": "slora", "sparse_rounds": 1, "merge": "svd"},
     ],
