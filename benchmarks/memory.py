@@ -70,7 +70,8 @@ def run(quick: bool = False) -> Report:
         ),
         rows,
         (
-            f"{'a tiny BERT' if quick else 'MiniLM'} in the type that was measured to be faster, rank 8, {EXAMPLES} examples each (70/10/20), "
+            f"{'a tiny BERT' if quick else 'MiniLM'} in the type that was measured to be faster, rank 8, "
+            f"{EXAMPLES} examples each (70/10/20), "
             "everybody in every round: a whole run from reading the data to the adapters of up to 100 clients",
             "peak resident memory of the process from the moment that model, tokenizer and libraries are loaded",
             f"{MANY // FEW} rounds of {FEW} clients take as many client-steps as one of {MANY:,}: what kernels per "
