@@ -41,6 +41,7 @@ class Fake:
     seed: int = 0
     size: float = 0.5
     loss: Callable[[Model, str], tuple[float, float]] = lambda model, split: (1.0, 1.0)
+    tokens: int = 1  # of an example: what a loss counts
     features: tuple[Tensor, Tensor] = (torch.zeros(0), torch.zeros(0))
     own: Mapping[str, Tree] = field(default_factory=lambda: {"base": SPEC.start(0)})
     log: list[Any] = field(default_factory=list)
@@ -51,7 +52,9 @@ class Fake:
     def answer(self, order: Any) -> Any:
         self.log.append(order)
         if isinstance(order, Score):
-            return {"loss": self.loss(order.model, order.split)}
+            total, count = self.loss(order.model, order.split)
+            share = 1.0 if order.limit is None or not count else min(1.0, order.limit * self.tokens / count)
+            return {"loss": (total * share, count * share)}
         if isinstance(order, Features):
             return self.features
         assert isinstance(order, Fit)

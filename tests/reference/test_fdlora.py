@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.algorithms.fdlora import FDLoRA
+from fedlora.algorithms.fdlora import FDLoRA, search_from
 from fedlora.federation.orders import Fit, Model, Score
 from fedlora.federation.spec import Extras
 from reference.fake import SITES, SPEC, Fake, array, client, close, dense, local
@@ -69,9 +69,10 @@ def test_syncs_every_h_of_its_own_rounds(last: bool, synced: list[int]) -> None:
             found.append(own)
             assert all(torch.allclose(memory["personal"][key], uploaded[key]) for key in uploaded)
     assert found == synced
-    never = FDLoRA(sync_every=None)
-    _, kept = Fake().run(never.client_update(payload, memory, local(CLIENTS[0], 2, 6)))
-    assert kept["personal"] is memory["personal"]
+    for nothing in (None, 0):  # a run file cannot say None
+        never = FDLoRA(sync_every=nothing)
+        _, kept = Fake().run(never.client_update(payload, memory, local(CLIENTS[0], 2, 6)))
+        assert kept["personal"] is memory["personal"]
 
 
 def test_blend_of_factors_and_of_products() -> None:
@@ -134,14 +135,46 @@ def test_the_best_scored_point_wins_even_a_corner() -> None:
     assert all(torch.allclose(models["fused"].params[key], shared[key]) for key in shared)
 
 
-def test_too_few_heldout_examples_fall_back_to_the_training_data(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("tokens", [1, 50])
+@pytest.mark.parametrize(("held_out", "split"), [(0, "train"), (3, "train"), (4, "holdout")])
+def test_too_few_heldout_examples_fall_back_to_the_training_data(
+    held_out: int, split: str, tokens: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Examples are what is few, also where a loss is over their tokens."""
     fdlora = FDLoRA(generations=1, population=4)
     state, memories = introduced(fdlora)
-    fake = Fake(loss=lambda model, split: (0.0, 3.0) if split == "holdout" else (1.0, 30.0))
+    count = {"holdout": float(tokens * held_out), "train": 30.0}
+    fake = Fake(loss=lambda model, split: (1.0, count[split]), tokens=tokens)
     with caplog.at_level("INFO"):
         fake.run(fdlora.personalize(state["theta"], memories["a"], local(CLIENTS[0], 5)))
-    assert [order.split for order in fake.log] == ["holdout"] * 3 + ["train"] * 7
-    assert "training data" in caplog.text
+    again = ["train"] * 3 if split == "train" else []
+    assert [order.split for order in fake.log] == ["holdout"] * 4 + again + [split] * 4
+    assert ("training data" in caplog.text) == (split == "train")
+
+
+def test_a_generation_is_scored_together_and_defaults_are_the_paper_s() -> None:
+    fdlora = FDLoRA()
+    state, memories = introduced(fdlora)
+    fake, sizes = Fake(loss=lambda model, split: (1.0, 9.0)), list[int]()
+
+    def watched(work: Any) -> Any:
+        answer = None
+        while True:
+            try:
+                orders = work.send(answer)
+            except StopIteration as end:
+                return end.value
+            sizes.append(len(orders))
+            answer = yield orders
+
+    fake.run(watched(fdlora.personalize(state["theta"], memories["a"], local(CLIENTS[0], 5))))
+    assert sizes == [4] + [6] * 6
+    training, inner = fdlora.training, fdlora.training.optimizer
+    assert (training.epochs, inner.name, inner.lr, inner.weight_decay) == (3, "adamw", 2e-4, 0.0)
+    assert (fdlora.outer_lr, fdlora.outer_momentum, fdlora.sync_every, fdlora.penalty) == (1.0, 0.5, 10, 0.05)
+    strategy = search_from(0, 6)
+    drawn = np.array([point for _ in range(50) for point in strategy.ask()])
+    assert np.abs(drawn).max() <= 1.5
 
 
 def test_private_heads_stay_on_both_adapters() -> None:
