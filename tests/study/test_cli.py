@@ -218,3 +218,22 @@ def test_names_are_no_paths_and_paths_keep_their_split(tmp_path: Path) -> None:
         "data": {"train": [f"{file}:train", file], "test": "hub/name:test"},
         "adapter": {"from": str(tmp_path / "other")},
     }
+
+
+def test_none_is_written_and_read_back(tmp_path: Path) -> None:
+    """TOML has no None: an optional parameter is switched off by a word, also after the file is written again."""
+    from tomllib import loads
+
+    from fedlora.study.algorithm import build
+    from fedlora.study.config import dumps, parse
+
+    value = {
+        "model": {"name": "minilm", "task": "text-classification"},
+        "data": {"train": "mine.jsonl"},
+        "algorithm": {"name": "ce-lora", "project": "none", "start_std": "none"},
+    }
+    again = parse(loads(dumps(parse(value, "here"))), "there")
+    algorithm = build(again)
+    assert (algorithm.project, algorithm.start_std, algorithm.core_lr) == (None, None, None)
+    with pytest.raises(UserError, match="mixing = 'none'"):
+        build(parse(value | {"algorithm": {"name": "ce-lora", "mixing": "none"}}, "here"))

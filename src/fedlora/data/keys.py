@@ -27,10 +27,26 @@ def nearest(name: str, known: Iterable[str]) -> str:
     >>> nearest("lable", ["text", "label"])
     " (nearest: 'label')"
     """
+    found = _closest(name, known)
+    return "" if found is None else f" (nearest: {found!r})"
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """The known name most like this one as a question, or the list of all: where the list is short.
+
+    >>> meant("ranck", ["rank", "alpha"]), meant("xyz", ["rank", "alpha"])
+    ("did you mean 'rank'?", 'known: alpha, rank')
+    """
+    names = sorted(known)
+    found = _closest(name, names)
+    return f"known: {', '.join(names)}" if found is None else f"did you mean {found!r}?"
+
+
+def _closest(name: str, known: Iterable[str]) -> str | None:
     known = [str(k) for k in known]
     lowered = {k.strip().casefold(): k for k in reversed(known)}
     found = difflib.get_close_matches(name.strip().casefold(), lowered, n=1, cutoff=0.5)
-    return f" (nearest: {lowered[found[0]]!r})" if found else ""
+    return lowered[found[0]] if found else None
 
 
 def listed(names: Sequence[str], limit: int = 8) -> str:

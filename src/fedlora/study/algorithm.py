@@ -7,17 +7,18 @@ import hashlib
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from rich.table import Table
 
 from fedlora.algorithms import ALGORITHMS
+from fedlora.data.keys import meant
 from fedlora.errors import UserError
 from fedlora.federation.algorithm import Algorithm
 from fedlora.federation.orders import Training
 from fedlora.federation.spec import Extras
-from fedlora.study.config import RunConfig, TrainingSettings, nearest
+from fedlora.study.config import RunConfig, TrainingSettings
 
 
 def build(config: RunConfig) -> Algorithm[Any, Any, Any]:
@@ -31,7 +32,7 @@ def build(config: RunConfig) -> Algorithm[Any, Any, Any]:
     for name in parameters:
         if name in ("training", "extras") or name not in fields:
             own = fields - {"training", "extras"}
-            hint = nearest(name, own) if own else "it has none of its own"
+            hint = meant(name, own) if own else "it has none of its own"
             raise UserError(f"[algorithm] {name}: {config.algorithm.name} has no such parameter ({hint})")
     values = {name: _typed(cls, name, value) for name, value in parameters.items()}
     if "training" in fields:
@@ -49,7 +50,7 @@ def find(name: str) -> Any:
     """The class of a table name or of "file.py:Class"."""
     if ".py:" not in name:
         if name not in ALGORITHMS:
-            raise UserError(f"[algorithm] name = {name!r}: no such algorithm ({nearest(name, ALGORITHMS)})")
+            raise UserError(f"[algorithm] name = {name!r}: no such algorithm ({meant(name, ALGORITHMS)})")
         return ALGORITHMS[name]
     path, _, wanted = name.rpartition(":")
     file = Path(path)
@@ -124,12 +125,17 @@ def stated(config: RunConfig, algorithm: Algorithm[Any, Any, Any]) -> RunConfig:
 
 def _typed(cls: Any, name: str, value: Any) -> Any:
     hint = get_type_hints(cls)[name]
+    if value == NONE and type(None) in get_args(hint):
+        return None
     try:
         return TypeAdapter(hint, config=None if dataclasses.is_dataclass(hint) else _LAX).validate_python(value)
     except ValidationError as error:
         problem = error.errors()[0]
         raise UserError(f"[algorithm] {name} = {value!r}: {problem['msg']}") from None
 
+
+NONE = "none"
+"""How a run file switches an optional parameter off: TOML has no word for it."""
 
 _LAX = ConfigDict(arbitrary_types_allowed=True)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedlora.algorithms import ALGORITHMS
+from fedlora.data.keys import meant
 from fedlora.data.settings import DataSettings
 from fedlora.errors import UserError
 
@@ -174,13 +174,6 @@ class RunConfig(Section):
         return parse(value, "the resolved configuration")
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)``, or the list of what is known."""
-    names = sorted(known)
-    close = difflib.get_close_matches(word, names, 1, 0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
-
-
 def parse(value: Mapping[str, Any], place: str) -> RunConfig:
     """Validates nested plain values; a UserError names every wrong key, its value and the nearest known name."""
     try:
@@ -194,7 +187,7 @@ def _explained(problem: Any) -> str:
     path = [str(part) for part in problem["loc"]]
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key '{key}' ({nearest(path[-1], _keys(path[:-1]))})"
+        return f"unknown key '{key}' ({meant(path[-1], _keys(path[:-1]))})"
     if problem["type"] == "missing":
         return f"'{key}' is missing"
     return f"'{key}' = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"

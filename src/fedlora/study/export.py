@@ -19,6 +19,7 @@ from fedlora.adapters.algebra import whole
 from fedlora.adapters.lora import LaneLinear, mergeable, merged_weight
 from fedlora.adapters.peft import Base, change, describe, flatten, not_plain, read, replacing, to_peft, write
 from fedlora.assets import embedded_lm
+from fedlora.data.keys import meant
 from fedlora.errors import UserError
 from fedlora.federation.memory import quoted
 from fedlora.federation.orders import Model, logits
@@ -27,7 +28,7 @@ from fedlora.learning.pooled import PooledClassifier
 from fedlora.study import private
 from fedlora.study.algorithm import find
 from fedlora.study.code import named, revived
-from fedlora.study.config import RunConfig, nearest, parse
+from fedlora.study.config import RunConfig, parse
 from fedlora.study.config import load as load_config
 
 if TYPE_CHECKING:
@@ -274,7 +275,7 @@ def deployed(folder: str | Path, client: str | None = None) -> Path:
     place = adapters / CLIENTS / quoted(client)
     if not (place / ABOUT).exists():
         raise UserError(
-            f"{path}: no adapter of client {client!r} ({nearest(client, written) if written else 'none were written'})",
+            f"{path}: no adapter of client {client!r} ({meant(client, written) if written else 'none were written'})",
             'clients beyond [output] client_adapters are not written: set it to "all" and run `fedlora resume`',
         )
     return place
