@@ -43,6 +43,7 @@ def test_a_run_folder_holds_what_it_says(done: Path) -> None:
     assert summary["higher_is_better"] is True
     assert summary["rounds"] == 3
     personal = summary["personal"]
+    assert 0 < summary["class_prior"]["mean"] < 1
     scores = list(personal["per_client"].values())
     assert summary["clients"] == len(scores) == 5
     assert math.isclose(personal["mean"], sum(scores) / len(scores))

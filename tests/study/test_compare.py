@@ -158,7 +158,7 @@ def run(cell: str, seed: int, scores: list[float], **changes: object) -> Measure
         )
         for t, score in enumerate(scores, 1)
     )
-    return Measured(cell, seed, "accuracy", True, "", points, None, 1.0, 2.0, 3.0, None)
+    return Measured(cell, seed, "accuracy", True, "", 0.5, points, None, 1.0, 2.0, 3.0, None)
 
 
 def test_differences_are_paired_and_targets_need_every_seed() -> None:

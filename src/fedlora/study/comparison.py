@@ -41,6 +41,7 @@ class Measured:
     metric: str
     higher_is_better: bool
     data_hash: str
+    class_prior: float | None
     curve: tuple[Point, ...]
     unseen: float | None
     up: float
@@ -99,6 +100,7 @@ def measured(folder: Path, cell: str, seed: int) -> Measured:
         summary["metric"],
         summary["higher_is_better"],
         summary["data_hash"],
+        (summary.get("class_prior") or {}).get("mean"),
         (*curve, last),
         unseen.get("score"),
         (totals["up"] + totals["setup_up"]) / 1e6,
@@ -254,11 +256,13 @@ def _markdown(
     seeds = sorted({run.seed for run in runs})
     metric, better = runs[0].metric, "higher" if runs[0].higher_is_better else "lower"
     why = " (the least of all runs' best: every run reached it)" if common else ""
+    prior = _over([run.class_prior for run in {run.seed: run for run in runs}.values()])
     choice = "; ".join(f"{cell}: {setting}" for cell, setting in tuned.items())
     out = [
         f"{metric} ({better} is better), seeds {', '.join(map(str, seeds))}; mean ± half the 95 % t-interval over "
         "seeds; differences are paired by seed; scores are on test rows at the best round by validation.",
         f"Target: {target:.4f}{why}. Client-seconds: computing time of all clients in the simulation.",
+        *([f"Class prior (each client's most frequent label): {_cell(prior, 'personal')}."] if prior else []),
         *([f"Chosen by validation on seed {seeds[0]}: {choice}"] if choice else []),
         "",
         "| | " + " | ".join(shown.values()) + " |",

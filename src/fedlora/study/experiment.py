@@ -32,7 +32,7 @@ from fedlora.learning.tasks import Examples, Task
 from fedlora.study import algorithm as algorithms
 from fedlora.study import private
 from fedlora.study.config import RunConfig
-from fedlora.study.summary import Metric
+from fedlora.study.summary import Metric, class_prior
 from fedlora.study.tasks import task_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -85,6 +85,14 @@ class Experiment:
     def metric(self) -> Metric:
         """The task's main score."""
         return Metric(*self.task.metric)
+
+    @cached_property
+    def class_prior(self) -> Mapping[str, Any] | None:
+        """What answering with each client's most frequent label scores; None where there are no labels."""
+        if "label" not in self.population.fields:
+            return None
+        labels = np.asarray(self.population.table["label"][:])
+        return class_prior(labels, {name: self.population.clients[name] for name in self.population.seen})
 
     def evaluate(
         self,

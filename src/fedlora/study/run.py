@@ -226,6 +226,7 @@ def _summary(experiment: Experiment, checkpoint: Mapping[str, Any], adapters: Ad
         "metric": experiment.metric.name,
         "higher_is_better": experiment.metric.higher_is_better,
         **scores,
+        **({"class_prior": experiment.class_prior} if experiment.class_prior else {}),
         "unseen": _unseen(experiment, checkpoint),
         "bytes": totals,
         "flops": sum(line.get("flops", 0.0) for line in lines),

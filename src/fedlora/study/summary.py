@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fedlora.federation.rounds import merge_sums
 from fedlora.federation.spec import Sums
 
@@ -77,6 +79,23 @@ def summarise(by_client: Mapping[str, Mapping[str, Sums]], metric: Metric) -> di
         "global": None if score is None else {"score": score, **_others(union, metric)},
         **({"validation": spread(validated, kept)} if any(v is not None for v in validated.values()) else {}),
     }
+
+
+def class_prior(labels: np.ndarray, clients: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    """Accuracy of a model that reads nothing: each client answers with its most frequent training label.
+
+    ``labels``: (rows,); ``clients``: row indices by split, "fit", "holdout" and "test".
+
+    >>> clients = {"a": {"fit": np.array([0, 1]), "holdout": np.array([2]), "test": np.array([3, 4])}}
+    >>> class_prior(np.array(["x", "y", "x", "x", "y"]), clients)["mean"]
+    0.5
+    """
+    scores: dict[str, float | None] = {}
+    for name, rows in clients.items():
+        known, counts = np.unique(labels[np.concatenate([rows["fit"], rows["holdout"]])], return_counts=True)
+        test = labels[rows["test"]]
+        scores[name] = float((test == known[counts.argmax()]).mean()) if len(test) and len(known) else None
+    return spread(scores, Metric("accuracy", higher_is_better=True))
 
 
 def _others(sums: Sums, metric: Metric) -> dict[str, float]:
