@@ -97,3 +97,17 @@ def test_pooled_trains_one_model_whatever_the_clients_ranks() -> None:
     assert torch.equal(model.params["head/weight"], state["head/weight"])
     assert pooled.broadcast(state, client("small", 1), 2) is state
     assert not Pooled.federated
+
+
+def test_pooled_without_an_adapter_trains_the_head_alone() -> None:
+    pooled = Pooled(adapter=False)
+    begun = pooled.server_init(SPEC, 0)
+    assert begun
+    assert all(name.startswith("head/") for name in begun)
+    state, updates = train(pooled, begun, [client("everybody", 4, 100)])
+    sent = updates["everybody"].arrays
+    assert sent.keys() == begun.keys()
+    for name, value in state.items():
+        close(value, array(begun[name]) + array(sent[name]))
+    with pytest.raises(UserError, match="adapter = false needs a task with labels"):
+        pooled.server_init(replace(SPEC, whole={}, labels=()), 0)

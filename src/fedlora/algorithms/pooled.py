@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedlora.adapters.algebra import add, difference, shapes
-from fedlora.algorithms.merging import trained
+from fedlora.algorithms.merging import needs_labels, trained
 from fedlora.federation.aggregate import Mean
 from fedlora.federation.algorithm import Algorithm, Kind, Update
 from fedlora.federation.orders import Model, Training, Work
@@ -18,7 +18,8 @@ class Pooled(Algorithm[Tree, Tree, Tree]):
     """All data pooled: a bound to compare with, not federated.
 
     One client owns everybody's examples and trains the largest adapter round after round; every client is scored with
-    it. Whatever of the whole parameters is not frozen is trained and part of the one model.
+    it. Whatever of the whole parameters is not frozen is trained and part of the one model. ``adapter = False`` trains
+    nothing else: on a task where that is as good, no adapter is needed and methods cannot be told apart.
 
     Travels, stays: there is nobody else.
 
@@ -34,6 +35,7 @@ class Pooled(Algorithm[Tree, Tree, Tree]):
 
     training: Training = field(default_factory=Training)
     extras: Extras = field(default_factory=Extras)
+    adapter: bool = True
 
     @property
     def aggregator(self) -> Mean:
@@ -41,13 +43,17 @@ class Pooled(Algorithm[Tree, Tree, Tree]):
 
     def server_init(self, spec: ModelSpec, seed: int) -> Tree:
         whole = spec.start(seed)
-        return {**spec.adapter(spec.ranks, seed), **self.extras.travelling(whole), **self.extras.staying(whole)}
+        if not self.adapter:
+            needs_labels(spec, "adapter = false")
+        adapter = spec.adapter(spec.ranks, seed) if self.adapter else {}
+        return {**adapter, **self.extras.travelling(whole), **self.extras.staying(whole)}
 
     def broadcast(self, state: Tree, client: Client, round: int) -> Tree:
         return state
 
     def client_update(self, payload: Tree, memory: Tree, local: Local) -> Work[tuple[Update, Tree]]:
-        tuned = yield from self.training.fit(local, Model(payload), trained(local.spec, self.extras, "A", "B"))
+        train = trained(local.spec, self.extras, *(("A", "B") if self.adapter else ()))
+        tuned = yield from self.training.fit(local, Model(payload), train)
         return Update(difference(tuned.params, payload), local.examples, tuned.sums), memory
 
     def expects(self, state: Tree, client: Client, round: int, kind: Kind) -> Mapping[str, Shape | None]:

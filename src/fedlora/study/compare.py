@@ -151,7 +151,7 @@ def compare(
 ) -> Path:
     """Runs what is not yet run, writes ``table.csv``, ``table.md`` and ``runs.csv``, and gives the folder back.
 
-    What is finished is read, what was interrupted is resumed; seeds and grid may grow between calls, base and tuning
+    The tables are there after the first seed. What is finished is read, what was interrupted is resumed; seeds and grid may grow between calls, base and tuning
     may not. Raises UserError where the cells of a seed saw different data although the grid sets no ``data`` key.
     """
     name = "study" if isinstance(study, Study) else Path(study).stem
@@ -160,19 +160,20 @@ def compare(
     _claim(folder, study)
     runs: list[Measured] = []
     chosen: dict[str, Cell] = {}
-    for seed, cell in itertools.product(study.seeds, study.cells):
-        candidates = study.settings if cell.name not in chosen else (chosen[cell.name],)
-        found: list[tuple[Measured, Cell]] = []
-        for setting in candidates:
-            found.append((_run(study, cell, setting, seed, folder, progress), setting))
-            name = ", ".join([cell.name, *([setting.name] if setting.changes else []), f"seed {seed}"])
-            say(f"{name}: {found[-1][0].line}")
-        chosen[cell.name] = best(found)
-        runs += [one for one, setting in found if setting is chosen[cell.name]]
-    if not any(key.split(".")[0] == "data" for cell in study.cells for key in cell.changes):
-        _same_data(runs)
-    tuned = {cell: setting.name for cell, setting in chosen.items() if setting.changes}
-    write_tables(folder, runs, [cell.name for cell in study.cells], study.target, tuned)
+    for seed in study.seeds:
+        for cell in study.cells:
+            candidates = study.settings if cell.name not in chosen else (chosen[cell.name],)
+            found: list[tuple[Measured, Cell]] = []
+            for setting in candidates:
+                found.append((_run(study, cell, setting, seed, folder, progress), setting))
+                name = ", ".join([cell.name, *([setting.name] if setting.changes else []), f"seed {seed}"])
+                say(f"{name}: {found[-1][0].line}")
+            chosen[cell.name] = best(found)
+            runs += [one for one, setting in found if setting is chosen[cell.name]]
+        if not any(key.split(".")[0] == "data" for cell in study.cells for key in cell.changes):
+            _same_data(runs)
+        tuned = {cell: setting.name for cell, setting in chosen.items() if setting.changes}
+        write_tables(folder, runs, [cell.name for cell in study.cells], study.target, tuned)
     return folder
 
 
