@@ -154,12 +154,15 @@ def algorithms() -> None:
 @app.command()
 def compare(
     study: Annotated[Path, typer.Argument(metavar="STUDY.toml", help="base, seeds, [grid], [tune]")],
+    changes: Changes = None,
     out: Annotated[Path | None, typer.Option(help="the folder of the study (default: runs/compare-STUDY)")] = None,
 ) -> None:
     """Run a grid over seeds on identical splits and write table.md and table.csv; goes on where it stopped."""
     from fedlora.study.compare import compare as start
+    from fedlora.study.compare import load_study
 
-    folder = start(study, out, progress=True, say=typer.echo)
+    out = out or Path("runs") / f"compare-{study.stem}"
+    folder = start(load_study(study, changes or []), out, progress=True, say=typer.echo)
     typer.echo((folder / "table.md").read_text())
     typer.echo(f"wrote {folder / 'table.md'}, table.csv, runs.csv")
 

@@ -17,7 +17,7 @@ from fedlora.errors import UserError
 from fedlora.study import folder as files
 from fedlora.study.algorithm import build
 from fedlora.study.comparison import Measured, measured, write_tables
-from fedlora.study.config import RunConfig, Section, assign, located, parse
+from fedlora.study.config import RunConfig, Section, apply, assign, located, parse
 from fedlora.study.run import resume, run
 
 Changes = Mapping[str, Any]
@@ -25,7 +25,8 @@ Changes = Mapping[str, Any]
 
 class StudySettings(Section):
     """A study file. ``base``: the run file, or its tables written out; ``grid``: dotted keys to the values that are
-    compared, all combinations, the first being the reference; ``tune``: dotted keys to values, of which every cell
+    compared, all combinations; ``cells``: what no grid says, each a ``name`` and the tables or dotted keys that it
+    sets; the first of all is the reference; ``tune``: dotted keys to values, of which every cell
     takes the combination with the best validation score on the first seed; ``target``: a score, for "until target"
     (default: the least of the cells' best, which every cell reached); ``keep``: also keep client memories and
     checkpoints of finished runs."""
@@ -33,6 +34,7 @@ class StudySettings(Section):
     base: str | dict[str, Any]
     seeds: list[int] = Field([0, 1, 2], min_length=1)
     grid: dict[str, Any] = {}
+    cells: list[dict[str, Any]] = []
     tune: dict[str, Any] = {}
     target: float | None = None
     keep: bool = False
@@ -76,8 +78,11 @@ class Study:
         return parse(located(value, self.folder), f"{cell.name}, seed {seed}")
 
 
-def load_study(path: str | Path) -> Study:
-    """Reads a study file and checks every cell before anything runs: UserError names the cell and the key."""
+def load_study(path: str | Path, changes: Sequence[str] = ()) -> Study:
+    """Reads a study file and checks every cell before anything runs: UserError names the cell and the key.
+
+    ``changes``: ``section.key=value`` of the base.
+    """
     file = Path(path)
     try:
         settings = StudySettings.model_validate(tomllib.loads(file.read_text()))
@@ -87,6 +92,8 @@ def load_study(path: str | Path) -> Study:
             base = located(tomllib.loads(place.read_text()), place.parent)
         else:
             base = located(base, file.parent)
+        for change in changes:
+            apply(base, change)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: no such file", "base names a run file beside the study file") from None
     except tomllib.TOMLDecodeError as error:
@@ -94,9 +101,14 @@ def load_study(path: str | Path) -> Study:
     except ValidationError as error:
         said = "; ".join(f"'{'.'.join(map(str, p['loc']))}': {p['msg']}" for p in error.errors())
         raise UserError(f"{file}: {said}", f"a study file has {', '.join(StudySettings.model_fields)}") from None
-    cells = combinations(settings.grid, f"{file}: [grid]")
-    if len({cell.slug for cell in cells}) < len(cells):
-        raise UserError(f"{file}: [grid] names a combination twice", "leave one out")
+    cells = (
+        *(combinations(settings.grid, f"{file}: [grid]") if settings.grid or not settings.cells else ()),
+        *(_written(cell, f"{file}: [[cells]]") for cell in settings.cells),
+    )
+    slugs = [cell.slug for cell in cells]
+    twice = [cell.name for cell in cells if slugs.count(cell.slug) > 1]
+    if twice:
+        raise UserError(f"{file}: two cells are called {twice[0]!r}", "leave one out, or give it another name")
     tuned = combinations(settings.tune, f"{file}: [tune]")
     study = Study(base, file.parent, tuple(settings.seeds), cells, tuned, settings.target, settings.keep)
     for cell, setting in itertools.product(cells, tuned):
@@ -119,6 +131,23 @@ def combinations(table: Mapping[str, Any], place: str) -> tuple[Cell, ...]:
         chosen = dict(zip(keys, values, strict=True))
         made.append(Cell(" ".join(_label(key, chosen[key]) for key in shown) or "run", chosen))
     return tuple(made)
+
+
+def _written(table: Mapping[str, Any], place: str) -> Cell:
+    """A cell that is written out: its tables set single keys, ``algorithm`` the whole section."""
+    name = table.get("name")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{place}: one has no name", 'for example name = "head-only, private"')
+    changes: dict[str, Any] = {}
+    for section, value in table.items():
+        if section == "name":
+            continue
+        if section == "algorithm" or not isinstance(value, Mapping):
+            changes[section] = value
+        else:
+            entries: Mapping[str, Any] = value
+            changes |= {f"{section}.{key}": entry for key, entry in entries.items()}
+    return Cell(name, changes)
 
 
 def _flat(table: Mapping[str, Any], prefix: str, place: str) -> Iterator[tuple[str, list[Any]]]:
@@ -151,8 +180,9 @@ def compare(
 ) -> Path:
     """Runs what is not yet run, writes ``table.csv``, ``table.md`` and ``runs.csv``, and gives the folder back.
 
-    The tables are there after the first seed. What is finished is read, what was interrupted is resumed; seeds and grid may grow between calls, base and tuning
-    may not. Raises UserError where the cells of a seed saw different data although the grid sets no ``data`` key.
+    The tables are there after the first seed. What is finished is read, what was interrupted is resumed; seeds and
+    grid may grow between calls, base and tuning may not. Raises UserError where the cells of a seed saw different data
+    although the grid sets no ``data`` key.
     """
     name = "study" if isinstance(study, Study) else Path(study).stem
     study = study if isinstance(study, Study) else load_study(study)
