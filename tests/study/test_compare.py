@@ -14,7 +14,7 @@ from scipy import stats
 
 from fedlora.data.validation import Validated
 from fedlora.errors import UserError
-from fedlora.study.compare import combinations, compare, load_study
+from fedlora.study.compare import Cell, combinations, compare, load_study
 from fedlora.study.comparison import Measured, Point, rows_of
 from study import tiny
 
@@ -125,6 +125,34 @@ def test_combinations_have_names() -> None:
     ]
     assert cells[1].changes == {"algorithm.name": "fedit", "clients.ranks": [2, 8]}
     assert [cell.name for cell in combinations({}, "")] == ["run"]
+
+
+def test_cells_are_written_out(tmp_path: Path) -> None:
+    file = study_file(tmp_path)
+    cells = """
+[[cells]]
+name = "private heads"
+algorithm = {name = "head-only"}
+adapter = {extras = {head = "private"}}
+
+[[cells]]
+name = "slow"
+training.lr = 1e-5
+"""
+    file.write_text(STUDY.format(seeds="[0]") + cells)
+    study = load_study(file)
+    names = ["fedit finetune_epochs=1", "local", "private heads", "slow"]
+    assert [cell.name for cell in study.cells] == names
+    _, _, private, slow = (study.config(cell, Cell("", {}), 0) for cell in study.cells)
+    assert private.algorithm.name == "head-only"
+    assert private.adapter.extras.head == "private"
+    assert private.adapter.rank == slow.adapter.rank
+    assert slow.training.lr == 1e-5
+    assert slow.training.rounds == private.training.rounds == 2
+    for text, said in (('name = "slow"', ""), ('"private heads"', '"local"')):
+        file.write_text(STUDY.format(seeds="[0]") + cells.replace(text, said))
+        with pytest.raises(UserError, match="has no name" if not said else "two cells are called 'local'"):
+            load_study(file)
 
 
 def test_no_validation_row_is_trained_on() -> None:
