@@ -31,16 +31,23 @@ class Group:
         return len(self.units)
 
 
-def cut(work: Mapping[int, np.ndarray], lengths: np.ndarray, budget: int) -> Iterator[Group]:
+def cut(work: Mapping[int, np.ndarray], lengths: np.ndarray, budget: int) -> list[Group]:
     """``work``: the units of each lane. A group ends where its tokens would pass the budget, or its padding a fifth of
     them and more than a pass of its own would cost.
+
+    The largest group comes first: smaller ones fit into the memory that it leaves, where growing ones would each need
+    more of it (half the peak of a step).
 
     >>> lengths = np.array([10, 11, 50, 12])
     >>> for g in cut({0: np.array([0, 2]), 1: np.array([3, 1])}, lengths, 99):
     ...     print(g.lanes, g.units, g.segments)
-    [0 1 1] [0 3 1] ((0, 0, 1), (1, 1, 3))
     [0] [2] ((0, 0, 1),)
+    [0 1 1] [0 3 1] ((0, 0, 1), (1, 1, 3))
     """
+    return sorted(_groups(work, lengths, budget), key=lambda g: -len(g.units) * int(lengths[g.units].max()))
+
+
+def _groups(work: Mapping[int, np.ndarray], lengths: np.ndarray, budget: int) -> Iterator[Group]:
     lanes = np.concatenate([np.full(len(units), lane) for lane, units in work.items()])
     places = np.concatenate([np.arange(len(units)) for units in work.values()])
     units = np.concatenate(list(work.values()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,10 +23,10 @@ TOLERANCE = 0.05
 """The largest relative error of pooled features (Frobenius) with which the fast mode is accepted."""
 GAIN = 0.9
 """bfloat16 must take less than this share of float32's time: a tie is decided for the exact mode."""
-LANES, BATCH, REPEATS = 4, 2, 2
+LANES, BATCH, STEPS, REPEATS = 4, 2, 2, 4
 
 
-def measure(backbone: Backbone, task: Task, examples: Examples, spec: ModelSpec, tokens: int = 2048) -> torch.dtype:
+def measure(backbone: Backbone, task: Task, examples: Examples, spec: ModelSpec, tokens: int = 1024) -> torch.dtype:
     """Times a fused training step of the run's own examples in both types and compares their features.
 
     The backbone is left in the type it came in. Whoever calls writes the answer into the resolved configuration: a
@@ -34,12 +36,14 @@ def measure(backbone: Backbone, task: Task, examples: Examples, spec: ModelSpec,
     if before not in (torch.float32, torch.bfloat16) or not len(examples):
         return before
     try:
-        seconds, features = {}, {}
-        for dtype in (torch.float32, torch.bfloat16):
+        seconds, features = dict.fromkeys((torch.float32, torch.bfloat16), math.inf), {}
+        for turn, dtype in itertools.product(range(REPEATS + 1), seconds):  # in turn: what else runs slows both
             with cast(backbone, dtype):
                 learner = _learner(backbone, task, examples, spec, tokens)
-                seconds[dtype] = min(_seconds(learner) for _ in range(REPEATS + 1))  # the first one warms up
-                features[dtype] = _features(learner)
+                if turn == 0:  # warms up
+                    features[dtype] = _features(learner)
+                found = _seconds(learner)
+                seconds[dtype] = min(seconds[dtype], found if turn else math.inf)
     except RuntimeError:  # an operation that does not exist in bfloat16
         return torch.float32
     exact, fast = features[torch.float32].double(), features[torch.bfloat16].double()
@@ -71,12 +75,12 @@ def _learner(backbone: Backbone, task: Task, examples: Examples, spec: ModelSpec
 
 
 def _seconds(learner: Learner) -> float:
-    """One fused step: every lane takes one batch."""
+    """A few fused steps: every lane takes a batch in each."""
     spec = learner.spec
     train = ("A", "B", "head") if spec.labels else ("A", "B")
     adapter = spec.adapter(spec.ranks, 0) | {k: v for k, v in spec.start(0).items() if k.startswith("head/")}
     for k in range(LANES):
-        order = Fit(Model(adapter), train, steps=1, batch_size=BATCH, optimizer=Optimizer(lr=1e-4))
+        order = Fit(Model(adapter), train, steps=STEPS, batch_size=BATCH, optimizer=Optimizer(lr=1e-4))
         learner.submit(Job(order, k, str(k)))
     start = time.perf_counter()
     while not learner.idle:

@@ -183,7 +183,7 @@ class Fits:
         for group in cut(work, store.lengths, self.learner.tokens):
             with self.learner.watched(kind, names, group, clients):
                 losses = self._backward(group, active, work)
-            sums.index_add_(0, torch.from_numpy(group.lanes), losses.detach().double().cpu())
+            sums.index_add_(0, torch.from_numpy(group.lanes), losses.double().cpu())
         for k, lane in active.items():
             if lane.anchor is not None and lane.anchored is not None:
                 strength = lane.order.proximal.strength  # type: ignore[union-attr]
@@ -199,7 +199,7 @@ class Fits:
             for into, gradient in zip(self.views, found):
                 if gradient is not None:
                     into.add_(gradient)
-        return losses
+        return losses.detach()  # and not the graph: the next group's forward pass would run beside it
 
     def _losses(self, group: Group, active: Mapping[int, Lane]) -> Tensor:
         """One loss per row."""

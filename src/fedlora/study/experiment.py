@@ -39,7 +39,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 POOLED = "(all data pooled)"
 EVERYONE = "(everyone)"
 """Whose test rows are everybody's."""
-LANES, TOKENS = 8, 2048
+LANES, TOKENS = 8, 1024
 NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
