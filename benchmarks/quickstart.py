@@ -1,6 +1,6 @@
 """The quickstart over three seeds: mean and spread of every row, as in the README.
 
-python benchmarks/quickstart.py [--seeds 0 1 2] [--out runs/quickstart-seeds]
+python benchmarks/quickstart.py [--task causal-lm] [--seeds 0 1 2] [--out runs/quickstart-seeds]
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import statistics
 import time
 from pathlib import Path
 
-from fedlora.study.quickstart import quickstart
+from fedlora.demos import DEMOS
+from fedlora.demos.demo import show
 
 COLUMNS = ("mean", "std", "worst_decile", "everyone")
 
@@ -32,19 +33,20 @@ def table(runs: list[list[dict[str, float | None]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", choices=list(DEMOS), default="causal-lm")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart-seeds"))
     options = parser.parse_args()
     runs, seconds = [], []
     for seed in options.seeds:
         start = time.perf_counter()
-        quickstart(options.out / str(seed), seed=seed)
+        show(DEMOS[options.task], options.out / str(seed), seed=seed)
         seconds.append(time.perf_counter() - start)
         runs.append(json.loads((options.out / str(seed) / "table.json").read_text())["rows"])
     text = table(runs) + f"\n\nseeds {options.seeds}, seconds {[round(s) for s in seconds]}\n"
     results = Path(__file__).parent / "results"
     results.mkdir(exist_ok=True)
-    (results / "quickstart.md").write_text(text)
+    (results / f"quickstart-{options.task}.md").write_text(text)
     print(text)
 
 

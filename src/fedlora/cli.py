@@ -169,13 +169,17 @@ def compare(
 
 @app.command()
 def quickstart(
+    task: Annotated[str, typer.Option(help="causal-lm: code bases; text-classification: docstrings")] = "causal-lm",
     out: Annotated[Path | None, typer.Option(help="where to write (default: runs/quickstart)")] = None,
     seed: Annotated[int, typer.Option(help="the seed of split and training")] = 0,
 ) -> None:
-    """A federation of code bases teaches a small language model, each keeping its sources to itself."""
-    from fedlora.study.quickstart import quickstart as show
+    """A federation of code bases teaches a small model, each keeping its text to itself."""
+    from fedlora.demos import DEMOS
+    from fedlora.demos.demo import show
 
-    show(out, seed=seed)
+    if task not in DEMOS:
+        raise UserError(f"--task {task!r}: there is no such demonstration", f"use one of {', '.join(DEMOS)}")
+    show(DEMOS[task], out, seed=seed)
 
 
 def _print_result(result: object) -> None:
