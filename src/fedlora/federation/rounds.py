@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
-
-from fedlora.federation.algorithm import Algorithm, Evaluated, Kind, Reply, Request, Update
+from fedlora.federation.admission import Limits, fault, norm
+from fedlora.federation.algorithm import Algorithm, Evaluated, Kind, Reply, Request
 from fedlora.federation.sampling import Sampler, cohort
-from fedlora.federation.spec import Client, ModelSpec, Shape, Sums, Tree
+from fedlora.federation.spec import Client, ModelSpec, Sums, Tree
 from fedlora.federation.wire import canonical, frame_size
 
 log = logging.getLogger(__name__)
@@ -135,52 +133,6 @@ def merge_sums(a: Sums, b: Sums) -> dict[str, tuple[float, float]]:
     return {name: (x[0] + y[0], x[1] + y[1]) for name, (x, y) in pairs.items()}
 
 
-def fits(shape: Shape, expected: Shape) -> bool:
-    """Whether a shape is the expected one; where that is negative, any size will do.
-
-    >>> [fits(shape, (-1, 5)) for shape in ((0, 5), (7, 5), (7, 4), (5,))]
-    [True, True, False, False]
-    """
-    return len(shape) == len(expected) and all(e in (n, -1) for n, e in zip(shape, expected))
-
-
-def fault(
-    update: Update | None,
-    expected: Mapping[str, Shape | None],
-    client: Client,
-    *,
-    dtype: torch.dtype | None = None,
-    max_norm: float | None = None,
-) -> str | None:
-    """Why an update must not be folded, or None.
-
-    Arrays of an agreed shape must be of type ``dtype``. ``max_norm`` bounds the norm of all arrays together.
-    """
-    if update is None:
-        return "no update"
-    if set(update.arrays) != set(expected):
-        return f"names differ: {sorted(set(update.arrays) ^ set(expected))}"
-    square = 0.0
-    for name, shape in expected.items():
-        value = update.arrays[name]
-        if shape is not None and not fits(tuple(value.shape), shape):
-            return f"{name} has shape {tuple(value.shape)}, not {tuple(shape)}"
-        if shape is not None and dtype is not None and value.dtype != dtype:
-            return f"{name} has type {value.dtype}, not {dtype}"
-        if not bool(torch.isfinite(value).all()):
-            return f"{name} is not finite"
-        if max_norm is not None:
-            square += float(value.double().square().sum())
-    if max_norm is not None and math.sqrt(square) > max_norm:
-        return f"the norm {math.sqrt(square):.6g} is above the limit {max_norm:.6g}"
-    limit = math.inf if client.examples is None else client.examples
-    if not 0 < update.weight <= limit or math.isinf(update.weight):
-        return f"weight {update.weight} is not in (0, {limit}]"
-    if not all(math.isfinite(number) for pair in update.sums.values() for number in pair):
-        return "its sums are not finite"
-    return None
-
-
 @dataclass(eq=False)
 class Account:
     """What became of one exchange."""
@@ -189,6 +141,7 @@ class Account:
     lost: list[str] = field(default_factory=list[str])
     rejected: dict[str, str] = field(default_factory=dict[str, str])
     sums: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
+    norms: list[float] = field(default_factory=list[float])
     up: dict[str, int] = field(default_factory=dict[str, int])
     down: dict[str, int] = field(default_factory=dict[str, int])
 
@@ -196,7 +149,8 @@ class Account:
 @dataclass(eq=False)
 class Server:
     """What the loop knows. ``acked[id]`` is the version (round) of a client's memory whose reply was folded;
-    ``durable`` is what the last durable checkpoint would ask clients for."""
+    ``durable`` is what the last durable checkpoint would ask clients for; ``norms`` are those of the last rounds'
+    updates, by kind."""
 
     algorithm: Algorithm[Any, Any, Any]
     spec: ModelSpec
@@ -205,9 +159,11 @@ class Server:
     run_id: str
     buffered: bool
     max_norm: float | None
+    limits: Limits | None
     state: Any
     acked: dict[str, int]
     durable: dict[str, int]
+    norms: dict[str, list[list[float]]]
 
     def request(self, kind: Kind, round: int, client: Client) -> Request:
         versions = (self.acked.get(client.id), self.durable.get(client.id))
@@ -222,26 +178,36 @@ class Server:
             clients, lambda client: self.request(kind, round, client), self.algorithm.introduction is not None
         )
         account, acc = Account(), aggregator.zero()
+        max_norm = self.largest(kind)
         for name, reply in (in_order if self.buffered else once)(self.fleet.ask(requests), requests):
             if reply is None or (reply.run_id, reply.kind, reply.round) != (self.run_id, kind, round):
                 account.lost.append(name)
                 continue
             client, update = requests.clients[name], reply.update
             expected = self.algorithm.expects(self.state, client, round, kind)
-            problem = fault(update, expected, client, dtype=self.spec.dtype, max_norm=self.max_norm)
+            problem = fault(update, expected, client, dtype=self.spec.dtype, max_norm=max_norm)
             if update is None or problem:
-                account.rejected[name] = problem or "no update"
+                account.rejected[name] = "no update" if problem is None else f"{problem.reason}: {problem.text}"
                 log.warning("round %d: the update of client %r is dropped: %s", round, name, problem)
                 continue
             acc = aggregator.accumulate(acc, client, update)
             account.sums = merge_sums(account.sums, update.sums)
             account.up[name] = frame_size(update.arrays)
             account.folded.append(name)
+            if self.limits is not None:
+                account.norms.append(norm(update.arrays))
             del reply, update
         account.down = dict(requests.sent)
         for name in account.folded:
             self.acked[name] = round
+        if self.limits is not None:
+            self.norms = {**self.norms, kind: self.limits.kept(self.norms.get(kind, []), account.norms)}
         return (aggregator.report(acc) if account.folded else None), account
+
+    def largest(self, kind: Kind) -> float | None:
+        """The largest norm let in, in this round."""
+        by_history = None if self.limits is None else self.limits.norm(self.norms.get(kind, []))
+        return min((limit for limit in (self.max_norm, by_history) if limit is not None), default=None)
 
     def introduce(self, round: int, clients: Sequence[Client]) -> Account:
         """Hears from those of the clients that the server does not know yet."""
@@ -271,7 +237,7 @@ class Server:
         sent = {"up": account.up, "down": account.down, "setup_up": setup.up, "setup_down": setup.down}
         return Report(
             round,
-            {"round": round, "state": self.state, "acked": snapshot},
+            {"round": round, "state": self.state, "acked": snapshot, **({"norms": self.norms} if self.limits else {})},
             tuple(account.folded),
             (*setup.lost, *account.lost),
             {**setup.rejected, **account.rejected},
@@ -298,17 +264,20 @@ def rounds(
     resume: Mapping[str, Any] | None = None,
     buffered: bool = True,
     max_norm: float | None = None,
+    limits: Limits | None = None,
 ) -> Iterator[Report]:
     """Yields round 0 (after the introductions), then one report a round. ``resume``: an earlier report's checkpoint,
     which must be durable: clients delete what it does not ask for.
 
     An introduction before round t writes version t - 1 of a client's memory: a newcomer has no other of that round.
     ``buffered``: fold in the order of ids, so that the result does not depend on the order of replies, bit for bit.
-    ``max_norm``: a limit on an update's norm (None: none).
+    ``max_norm``: a limit on an update's norm (None: none); ``limits``: one that follows from the norms of the last
+    rounds, which are part of the checkpoint.
     """
     state = canonical(algorithm.server_init(spec, seed)) if resume is None else resume["state"]
     acked: dict[str, int] = {} if resume is None else dict(resume["acked"])
-    server = Server(algorithm, spec, fleet, total, run_id, buffered, max_norm, state, acked, dict(acked))
+    norms = {} if resume is None else dict(resume.get("norms", {}))
+    server = Server(algorithm, spec, fleet, total, run_id, buffered, max_norm, limits, state, acked, dict(acked), norms)
     if resume is None:
         setup = server.introduce(0, fleet.available(1) if algorithm.introduce_everyone else [])
         yield server.report(0, setup, Account())

@@ -1,0 +1,1 @@
+"""What a real site and a real server are made of besides an engine: keys, settings, data, agreement and limits."""
