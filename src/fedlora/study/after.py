@@ -18,7 +18,7 @@ from fedlora.federation.orders import Model, Score
 from fedlora.federation.spec import Sums
 from fedlora.study import export, folder
 from fedlora.study.config import RunConfig, load
-from fedlora.study.deploy import deployed, write
+from fedlora.study.deploy import deployed, write_own
 from fedlora.study.experiment import Experiment, assemble
 
 
@@ -69,7 +69,7 @@ def personalize(
     experiment = _alone(config, place, client, table, saved["ranks"], model, models, backbone)
     best = next(iter(deployed(experiment, saved, experiment.fleet.clients[client]).values()))
     scores = _scores(experiment, best, client)
-    write(experiment, target, best, client, scores.get(experiment.metric.name))
+    write_own(experiment, target, best, client, scores.get(experiment.metric.name))
     return target, scores
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from fedlora.adapters.algebra import sites
@@ -15,7 +16,9 @@ from fedlora.federation.orders import Model, Score
 from fedlora.federation.spec import Client, Sums
 from fedlora.study import export
 from fedlora.study.experiment import EVERYONE, Experiment
+from fedlora.study.host import Host, Writes
 
+NOTHING: Mapping[str, int] = MappingProxyType({})
 MOST = 100
 """Clients' adapters that are written where the run file does not say."""
 
@@ -53,7 +56,7 @@ class Adapters:
         deployed, model = next(iter(models.items()))
         if client in self.written:
             place = self.experiment.folder / "adapters" / export.CLIENTS / quoted(client)
-            write(self.experiment, place, model, client, self.experiment.metric.of(sums[deployed]))
+            write_own(self.experiment, place, model, client, self.experiment.metric.of(sums[deployed]))
         if self.experiment.config.training.eval_everyone:
             self.models[client] = model
 
@@ -65,7 +68,7 @@ class Adapters:
         return {name: self.experiment.metric.of(sums) for name, sums in zip(names, found, strict=True)}
 
 
-def write_global(experiment: Experiment, checkpoint: Mapping[str, Any], score: float | None) -> None:
+def write_global(experiment: Host, checkpoint: Mapping[str, Any], score: float | None) -> None:
     """``adapters/global``, where a global model exists."""
     judge = experiment.algorithm.server_model(checkpoint["state"])
     if judge is not None:
@@ -77,15 +80,26 @@ def _whole(model: Model) -> bool:
     return any(name.startswith("backbone/") for name in model.params) and not sites(model.params)
 
 
-def write(experiment: Experiment, folder: Any, model: Model, client: str | None, score: float | None) -> None:
-    """One deployed model as a folder."""
-    own = experiment.config.data.label_space == "client" and client is not None
-    backbone = experiment.learner.backbones[model.backbone]
+def write_own(experiment: Experiment, folder: Any, model: Model, client: str, score: float | None) -> None:
+    """One client's deployed model as a folder."""
+    own = experiment.config.data.label_space == "client"
+    write(experiment, folder, model, client, score, experiment.learner.facts(client)[1] if own else NOTHING)
+
+
+def write(
+    experiment: Writes,
+    folder: Any,
+    model: Model,
+    client: str | None,
+    score: float | None,
+    counts: Mapping[str, int] = NOTHING,
+) -> None:
+    """One deployed model as a folder. ``counts``: the client's examples by label, where label spaces are own."""
+    backbone = experiment.backbones[model.backbone]
     own_model = model.backbone != "base" or _whole(model)
-    counts = experiment.learner.facts(client)[1] if own and client is not None else {}
     about = export.About(
         export.settings(experiment.config),
-        experiment.population.labels,
+        experiment.labels,
         experiment.config.algorithm.name,
         client,
         {} if score is None else {experiment.metric.name: score},

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,12 +34,31 @@ from fedlora.study.config import RunConfig
 from fedlora.study.summary import Metric, class_prior
 from fedlora.study.tasks import task_of
 
+if TYPE_CHECKING:
+    from fedlora.study.deploy import Adapters
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 POOLED = "(all data pooled)"
 EVERYONE = "(everyone)"
 """Whose test rows are everybody's."""
 LANES, TOKENS = 8, 1024
 NO_ROWS = np.zeros(0, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What no participant of a federation can see alone.
+
+    ``labels``: the label space; ``fields``: the columns of the data; ``most``: the largest rank served, by site;
+    ``least``: the smallest client's; ``ranks``: each client's own, by site; ``models``: each client's backbone.
+    """
+
+    labels: tuple[str, ...]
+    fields: tuple[str, ...]
+    most: Mapping[str, int]
+    least: int
+    ranks: Mapping[str, Mapping[str, int]]
+    models: Mapping[str, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,12 +79,12 @@ class Experiment:
     learner: Learner
     fleet: Simulator
 
-    @cached_property
+    @property
     def judged(self) -> tuple[Client, ...]:
         """The clients that are scored on the way and at the end."""
         return tuple(self.fleet.clients[name] for name in self.population.seen)
 
-    @cached_property
+    @property
     def strangers(self) -> tuple[Client, ...]:
         """Clients that never train."""
         return tuple(self.fleet.clients[name] for name in self.population.unseen)
@@ -86,7 +104,32 @@ class Experiment:
         """The task's main score."""
         return Metric(*self.task.metric)
 
-    @cached_property
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The label space."""
+        return self.population.labels
+
+    @property
+    def backbones(self) -> Mapping[str, Backbone]:
+        """The models by name."""
+        return self.learner.backbones
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What a checkpoint belongs to: the data's hash, and the largest ranks served."""
+        return {"population": self.population.digest, "ranks": dict(self.spec.ranks)}
+
+    def adapters(self) -> Adapters:
+        """Writes clients' adapters while they are scored."""
+        from fedlora.study.deploy import Adapters  # it needs an experiment
+
+        return Adapters(self)
+
+    def spent(self) -> tuple[int, Mapping[str, float]]:
+        """Client-steps so far, and floating-point operations by client."""
+        return self.learner.steps, dict(self.learner.meter.clients)
+
+    @property
     def class_prior(self) -> Mapping[str, Any] | None:
         """What answering with each client's most frequent label scores; None where there are no labels."""
         if "label" not in self.population.fields:
@@ -122,56 +165,41 @@ def assemble(
     models: private.Modules | None = None,
     largest: Mapping[str, int] | None = None,
     backbone_of: str | None = None,
+    population: Population | None = None,
+    terms: Terms | None = None,
 ) -> Experiment:
     """Reads the data, loads the base, builds the algorithm, and settles every open choice of the configuration.
 
     ``models``: modules that ``[clients] models`` names. ``largest``: the clients given are newcomers to a finished run,
-    which never train and have these ranks by site and the model ``backbone_of`` (None: the first).
+    which never train and have these ranks by site and the model ``backbone_of`` (None: the first). ``population`` and
+    ``terms``: some clients of a federation, in one of its sites.
     """
     kind = config.model.task
     strange = largest is not None
-    population = (
-        build(config.data, kind) if clients is None else from_datasets(clients, config.data, kind, strangers=strange)
-    )
+    if population is None and clients is None:
+        population = build(config.data, kind)
+    elif population is None:
+        assert clients is not None
+        population = from_datasets(clients, config.data, kind, strangers=strange)
     algorithm = algorithms.build(config)
     private.require_suitable(config, algorithm)
-    extras: Extras = getattr(algorithm, "extras", Extras())
-    device = _device(config.engine.device)
-    backbone = load_backbone(
-        config.model.name if model is None else model,
-        kind,
-        labels=population.labels,
-        pooling=config.model.pooling,
-        targets=config.adapter.targets,
-        layers=config.adapter.layers,
-        device=device,
-        processor=getattr(model, "processor", None),
-        seed=config.seed,
-    )
-    backbones = {"base": backbone, **private.load(config, backbone, models, device)}
-    backbone.head_fits &= len(backbones) == 1  # heads of different models begin alike
-    task = task_of(config, population, *backbones.values())
+    backbone = base_of(config, population.labels, model)
+    wanted = None if terms is None else set(terms.models.values())
+    backbones = {"base": backbone, **private.load(config, backbone, models, str(backbone.device), wanted)}
+    task = task_of(config, population.labels, population.fields, *backbones.values())
     stores = private.encoded(task, population.table, backbones)
     private.require_representations(backbones, task, stores)
     examples = stores["base"]
-    names = [backbone_of] if backbone_of else config.clients.models
-    own_models = private.assigned(names, population.clients)
-    by_site = (
-        dict.fromkeys(population.clients, largest) if largest is not None else _ranks(config, population, backbone)
-    )
-    most = {site: max(own[site] for own in by_site.values()) for site in backbone.sites}
-    algorithm = algorithms.settled(algorithm, min(min(own.values(), default=1) for own in by_site.values()))
-    alpha = config.adapter.alpha or 2.0 * max(most.values(), default=1)
-    wide = torch.float64 if config.model.dtype == "float64" else torch.float32
-    spec = backbone.spec(most, alpha, config.adapter.scaling, extras, wide)
-    if config.adapter.start:
-        spec = _started(spec, config, algorithm, backbone, by_site)
+    if terms is None:
+        terms = _terms(config, population, backbone, largest, backbone_of)
+    algorithm = algorithms.settled(algorithm, terms.least)
+    spec = specified(config, algorithm, backbone, terms)
     config = _resolved(config, algorithm, population, backbone, task, examples, spec)
     for one in backbones.values():
         one.to(DTYPES[config.model.dtype])
     lanes = int(config.engine.lanes)
     owned = Validated(population.clients, config.data.seed) if config.training.validate_rounds else population.clients
-    members, splits, strangers = _members(algorithm, population, owned, examples, by_site, most, own_models)
+    members, splits, strangers = _members(algorithm, population, owned, examples, terms)
     learner = Learner(
         backbones,
         task,
@@ -192,6 +220,52 @@ def assemble(
         algorithm, spec, learner, members, learner.facts, config.seed, lanes, store, strangers=frozenset(strangers)
     )
     return Experiment(config, folder, population, backbone, task, examples, spec, algorithm, learner, fleet)
+
+
+def base_of(config: RunConfig, labels: Sequence[str], model: Any = None) -> Backbone:
+    """The base that everybody shares, on the run's device."""
+    backbone = load_backbone(
+        config.model.name if model is None else model,
+        config.model.task,
+        labels=labels,
+        pooling=config.model.pooling,
+        targets=config.adapter.targets,
+        layers=config.adapter.layers,
+        device=_device(config.engine.device),
+        processor=getattr(model, "processor", None),
+        seed=config.seed,
+    )
+    backbone.head_fits &= not config.clients.models  # heads of different models begin alike
+    return backbone
+
+
+def _terms(
+    config: RunConfig,
+    population: Population,
+    backbone: Backbone,
+    largest: Mapping[str, int] | None,
+    backbone_of: str | None,
+) -> Terms:
+    """What follows from all clients together."""
+    names = [backbone_of] if backbone_of else config.clients.models
+    ranks = dict.fromkeys(population.clients, largest) if largest is not None else _ranks(config, population, backbone)
+    return Terms(
+        population.labels,
+        population.fields,
+        {site: max(own[site] for own in ranks.values()) for site in backbone.sites},
+        min(min(own.values(), default=1) for own in ranks.values()),
+        ranks,
+        private.assigned(names, population.clients),
+    )
+
+
+def specified(config: RunConfig, algorithm: Algorithm[Any, Any, Any], backbone: Backbone, terms: Terms) -> ModelSpec:
+    """What all participants agree on before round 1."""
+    extras: Extras = getattr(algorithm, "extras", Extras())
+    alpha = config.adapter.alpha or 2.0 * max(terms.most.values(), default=1)
+    wide = torch.float64 if config.model.dtype == "float64" else torch.float32
+    spec = backbone.spec(terms.most, alpha, config.adapter.scaling, extras, wide)
+    return _started(spec, config, algorithm, backbone, terms.ranks) if config.adapter.start else spec
 
 
 def _ranks(config: RunConfig, population: Population, backbone: Backbone) -> dict[str, Mapping[str, int]]:
@@ -215,9 +289,7 @@ def _members(
     population: Population,
     owned: Mapping[str, Mapping[str, np.ndarray]],
     examples: Examples,
-    by_site: Mapping[str, Mapping[str, int]],
-    most: Mapping[str, int],
-    own_models: Mapping[str, str],
+    terms: Terms,
 ) -> tuple[dict[str, Client], Mapping[str, Mapping[str, np.ndarray]], set[str]]:
     """Clients by id, their rows, and those that never train. What is no federation trains one client that owns
     everybody's rows; the others are only scored.
@@ -226,19 +298,19 @@ def _members(
     """
 
     def client(name: str, own: Mapping[str, int], rows: np.ndarray) -> Client:
-        return Client(name, own, own_models.get(name, "base"), len(examples.units(rows)) or None)
+        return Client(name, own, terms.models.get(name, "base"), len(examples.units(rows)) or None)
 
     def trained(name: str) -> np.ndarray:
         return np.concatenate([owned[name]["fit"], owned[name]["holdout"]])
 
-    members = {name: client(name, by_site[name], trained(name)) for name in owned}
+    members = {name: client(name, terms.ranks[name], trained(name)) for name in owned}
     seen = [owned[name] for name in population.seen]
     parts = seen[0].keys() if seen else ()
     rows = {part: np.concatenate([own[part] for own in seen] or [NO_ROWS]) for part in parts}
     splits = {**owned, EVERYONE: {"test": rows.get("test", NO_ROWS)}}
     if algorithm.federated:
         return members, splits, set(population.unseen)
-    whole = client(POOLED, most, np.concatenate([rows.get(part, NO_ROWS) for part in ("fit", "holdout")]))
+    whole = client(POOLED, terms.most, np.concatenate([rows.get(part, NO_ROWS) for part in ("fit", "holdout")]))
     return {**members, POOLED: whole}, {**splits, POOLED: rows}, set(members)
 
 

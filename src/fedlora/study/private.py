@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,18 @@ def assigned(names: Sequence[str] | None, clients: Iterable[str]) -> dict[str, s
     return {client: names[i % len(names)] if names else "base" for i, client in enumerate(clients)}
 
 
-def load(config: RunConfig, base: Backbone, given: Modules | None, device: str) -> dict[str, Backbone]:
-    """The distinct models of ``[clients] models`` by name, each giving representations of the base's width.
+def load(
+    config: RunConfig, base: Backbone, given: Modules | None, device: str, wanted: Collection[str] | None = None
+) -> dict[str, Backbone]:
+    """The distinct models of ``[clients] models`` by name (only those ``wanted``), each giving representations of the
+    base's width.
 
     One object a name, however many clients begin with it: what each has trained lies in its memory.
     """
     found: dict[str, Backbone] = {}
     for position, name in enumerate(dict.fromkeys(config.clients.models or ())):
+        if wanted is not None and name not in wanted:
+            continue
         module = (given or {}).get(name)
         with explained(name):
             found[name] = load_backbone(

@@ -15,8 +15,9 @@ from fedlora.federation.rounds import Report, rounds
 from fedlora.federation.spec import Client, stream
 from fedlora.study import folder as files
 from fedlora.study.config import RunConfig, dumps, load, parse
-from fedlora.study.deploy import Adapters, write_global
-from fedlora.study.experiment import Experiment, assemble
+from fedlora.study.deploy import write_global
+from fedlora.study.experiment import assemble
+from fedlora.study.host import Adapters, Host
 from fedlora.study.progress import Progress
 from fedlora.study.summary import spread, summarise
 
@@ -61,8 +62,7 @@ def run(
         except BaseException:
             files.discard_empty(folder)
             raise
-        (folder / "config.toml").write_text(dumps(experiment.config))
-        return _train(experiment, None, progress)
+        return proceed(experiment, progress)
 
 
 def resume(
@@ -81,22 +81,28 @@ def resume(
         if rounds is not None:
             config = config.replace(training={"rounds": rounds})
         experiment = assemble(config, place, model=model, clients=clients, models=models)
-        saved = checkpoints.latest(place / "checkpoints")
-        if saved is not None and int(saved["round"]) > config.training.rounds:
-            raise UserError(
-                f"{place}: the run is at round {saved['round']}, beyond --rounds {rounds}", "give a larger total"
-            )
-        if saved is not None and saved["population"] != experiment.population.digest:
-            raise UserError(
-                f"{place}: the data or its split has changed since the run began (its hash differs)",
-                "restore the files named in config.toml, or start a new run",
-            )
-        (place / "config.toml").write_text(dumps(experiment.config))
-        files.forget_after(place, -1 if saved is None else int(saved["round"]))
-        return _train(experiment, saved, progress)
+        return proceed(experiment, progress)
 
 
-def _train(experiment: Experiment, saved: Mapping[str, Any] | None, progress: bool) -> Result:
+def proceed(experiment: Host, progress: bool = False) -> Result:
+    """Goes on from the folder's last checkpoint, or begins."""
+    place, total = experiment.folder, experiment.config.training.rounds
+    saved = checkpoints.latest(place / "checkpoints")
+    if saved is not None and int(saved["round"]) > total:
+        raise UserError(
+            f"{place}: the run is at round {saved['round']}, beyond --rounds {total}", "give a larger total"
+        )
+    if saved is not None and saved["population"] != experiment.identity["population"]:
+        raise UserError(
+            f"{place}: the data or its split has changed since the run began (its hash differs)",
+            "restore the files named in config.toml, or start a new run",
+        )
+    (place / "config.toml").write_text(dumps(experiment.config))
+    files.forget_after(place, -1 if saved is None else int(saved["round"]))
+    return _train(experiment, saved, progress)
+
+
+def _train(experiment: Host, saved: Mapping[str, Any] | None, progress: bool) -> Result:
     """The loop around ``rounds``: score, write the line, checkpoint, tell the loop that it is durable."""
     config, folder = experiment.config, experiment.folder
     training = config.training
@@ -117,14 +123,13 @@ def _train(experiment: Experiment, saved: Mapping[str, Any] | None, progress: bo
             line = _line(report, cost, scores)
             files.append(folder / "metrics.jsonl", line)
             watched.done(line)
-            known = {"population": experiment.population.digest, "ranks": dict(experiment.spec.ranks)}
-            checkpoint = {**report.checkpoint, **known}
+            checkpoint = {**report.checkpoint, **experiment.identity}
             experiment.fleet.flush()
             checkpoints.save(folder / "checkpoints", checkpoint)
             report.saved()
         assert checkpoint is not None  # round 0 is always reported
         watched.say("scoring, writing adapters")
-        adapters = Adapters(experiment)
+        adapters = experiment.adapters()
         summary = _summary(experiment, checkpoint, adapters)
         write_global(experiment, checkpoint, (summary["global"] or {}).get("score"))
         if general := adapters.on_everyone():
@@ -150,16 +155,16 @@ class Cost:
     flops: Mapping[str, float]
 
 
-def _timed(reports: Iterator[Report], experiment: Experiment) -> Iterator[tuple[Report, Cost]]:
+def _timed(reports: Iterator[Report], experiment: Host) -> Iterator[tuple[Report, Cost]]:
     """Each report with what its round took."""
-    learner = experiment.learner
     while True:
-        start, steps, flops = time.perf_counter(), learner.steps, dict(learner.meter.clients)
+        start, (steps, flops) = time.perf_counter(), experiment.spent()
         report = next(reports, None)
         if report is None:
             return
-        spent = {name: count - flops.get(name, 0.0) for name, count in learner.meter.clients.items()}
-        yield report, Cost(time.perf_counter() - start, learner.steps - steps, {n: f for n, f in spent.items() if f})
+        seconds, (then, counts) = time.perf_counter() - start, experiment.spent()
+        spent = {name: count - flops.get(name, 0.0) for name, count in counts.items()}
+        yield report, Cost(seconds, then - steps, {n: f for n, f in spent.items() if f})
 
 
 def _due(round: int, config: RunConfig) -> bool:
@@ -168,7 +173,7 @@ def _due(round: int, config: RunConfig) -> bool:
     return every > 0 and round % every == 0 and round < config.training.rounds
 
 
-def _scores(experiment: Experiment, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def _scores(experiment: Host, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Scores of a sample of clients, on the way."""
     clients = list(experiment.judged)
     count = experiment.config.training.eval_clients
@@ -211,35 +216,36 @@ def _line(report: Report, cost: Cost, scores: Mapping[str, Any]) -> dict[str, An
     }
 
 
-def _summary(experiment: Experiment, checkpoint: Mapping[str, Any], adapters: Adapters) -> dict[str, Any]:
+def _summary(experiment: Host, checkpoint: Mapping[str, Any], adapters: Adapters) -> dict[str, Any]:
     """summary.json: final scores of everybody, and totals over the lines of metrics.jsonl."""
     lines = list(files.lines(experiment.folder / "metrics.jsonl"))
     seconds = sum(line["seconds"] for line in lines)
     steps = sum(line["client_steps"] for line in lines)
     scores = summarise(experiment.evaluate(checkpoint, experiment.judged, adapters), experiment.metric)
+    prior = experiment.class_prior
     totals = {key: sum(line["bytes"][key] for line in lines) for key in ("up", "down", "setup_up", "setup_down")}
     return {
         "algorithm": experiment.config.algorithm.name,
         "federated": experiment.algorithm.federated,
         "rounds": int(checkpoint["round"]),
-        "clients": len(experiment.population.clients) - len(experiment.population.unseen),
+        "clients": len(experiment.judged),
         "metric": experiment.metric.name,
         "higher_is_better": experiment.metric.higher_is_better,
         **scores,
-        **({"class_prior": experiment.class_prior} if experiment.class_prior else {}),
+        **({"class_prior": prior} if prior else {}),
         "unseen": _unseen(experiment, checkpoint),
         "bytes": totals,
         "flops": sum(line.get("flops", 0.0) for line in lines),
         "seconds": seconds,
         "client_steps_per_second": steps / seconds if seconds else 0.0,
         "versions": files.versions(),
-        "data_hash": experiment.population.digest,
+        "data_hash": experiment.identity["population"],
         "seed": experiment.config.seed,
         "model": experiment.config.model.name,
     }
 
 
-def _unseen(experiment: Experiment, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+def _unseen(experiment: Host, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     """Clients outside training: the server's model as it is, and what a newcomer would deploy."""
     strangers: tuple[Client, ...] = experiment.strangers
     if not strangers:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fedlora.data.population import Population
+from collections.abc import Collection
+
 from fedlora.learning.backbone import Backbone
 from fedlora.learning.tasks import CausalLM, ImageClassification, Task, TextClassification
 from fedlora.study.config import RunConfig
@@ -11,15 +12,15 @@ LONGEST = {"text-classification": 128, "causal-lm": 256}
 """Tokens of an example where the run file does not say; no more than the model can place."""
 
 
-def task_of(config: RunConfig, population: Population, *backbones: Backbone) -> Task:
-    """The task of a run, reading the columns that a population has; no longer texts than every backbone can place."""
+def task_of(config: RunConfig, labels: tuple[str, ...], fields: Collection[str], *backbones: Backbone) -> Task:
+    """The task of a run, reading the columns that there are; no longer texts than every backbone can place."""
     kind = config.model.task
     if kind == "image-classification":
-        return ImageClassification(population.labels)
+        return ImageClassification(labels)
     length = min(max_length(config, backbone) for backbone in backbones)
     if kind == "text-classification":
-        return TextClassification(population.labels, max_length=length)
-    text = "text" if "text" in population.fields else None
+        return TextClassification(labels, max_length=length)
+    text = "text" if "text" in fields else None
     training = config.training
     return CausalLM(text, max_length=length, whole=training.loss_on == "all", generate=training.generate)
 
