@@ -1,22 +1,24 @@
 """The second demonstration: what a docstring's first verb was, for a sentence encoder; packages are the clients.
 
-Why this label: the adapter must matter. Which package or topic a docstring is from, a linear head on the frozen encoder
-tells as well as a tuned one; which verb was removed from its summary, it does not (``studies/README.md`` has the
-numbers). And packages differ in what their functions do.
+Why this label: the adapter must matter. Which topic a docstring is about, a linear head on the frozen encoder tells as
+well as a tuned one; which verb was removed from its summary, it does not (``studies/README.md`` has the numbers, of
+other labels too). And packages differ in what their functions do.
 """
 
 from __future__ import annotations
 
-import ast
 import json
 import random
 import re
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedlora.data.packages import available, prose, sources
+import numpy as np
+
+from fedlora.data.duplicates import near_copies
+from fedlora.data.packages import available, docstrings_of, sources
 from fedlora.demos.demo import POOLED, Demo, Plan, Row
 from fedlora.errors import UserError
 
@@ -40,7 +42,11 @@ PACKAGES = (
     "aiohttp",
     "rich",
 )
-CLIENTS, EXAMPLES = 12, 240
+CLIENTS = 12
+SIZES = {"test": 48, "validation": 24, "train": 168}
+"""Examples of a client, taken in this order."""
+PER_FILE = 24
+"""At most: a client is more than its longest file."""
 VERBS: Mapping[str, str] = {
     **{verb: verb for verb in ("return", "get", "set", "add", "remove", "find", "apply", "run", "read", "write")},
     **dict.fromkeys(("compute", "calculate", "evaluate"), "compute"),
@@ -60,10 +66,12 @@ task = "text-classification"
 dtype = "{dtype}"
 
 [data]
-train = "data/docstrings.jsonl"   # your own file: one JSON object a line
+train = "data/train.jsonl"    # your own file: one JSON object a line
+validation = "data/validation.jsonl"
+test = "data/test.jsonl"
 text = "text"
 label = "label"
-max_length = 48
+max_length = 32
 partition = {{ by = "column", column = "client" }}
 
 [adapter]
@@ -111,30 +119,59 @@ ROWS = (
 
 
 def write_data(folder: Path, seed: int) -> list[str]:
-    """One JSONL file of every client's docstrings; the clients' names."""
+    """Each client's examples, split by file, as train, validation and test JSONL; the clients' names.
+
+    No two examples of anybody are near-copies.
+    """
     folder.mkdir(parents=True)
-    found = {name: examples(name, seed) for name in available(PACKAGES)}
-    names = [name for name, rows in found.items() if len(rows) >= EXAMPLES // 2][:CLIENTS]
+    names: list[str] = []
+    rows: list[dict[str, str]] = []
+    for name in available(PACKAGES):
+        found = examples(name, seed)
+        if len(found) >= sum(SIZES.values()) // 2:
+            names.append(name)
+            rows += [{"client": name, "file": path, "text": text, "label": label} for path, text, label in found]
+        if len(names) == CLIENTS:
+            break
     if len(names) < 2:
         raise UserError(
             "the demonstration needs at least two packages with docstrings that are installed",
             f"install some of {', '.join(PACKAGES)}",
         )
-    rows = [{"client": name, "text": text, "label": label} for name in names for text, label in found[name]]
-    (folder / "docstrings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, first = np.unique(near_copies(row["text"] for row in rows), return_index=True)
+    kept = [rows[i] for i in sorted(first)]
+    parts = [split_by_file([row for row in kept if row["client"] == name]) for name in names]
+    for split in SIZES:
+        lines = [json.dumps(row) + "\n" for part in parts for row in part[split]]
+        (folder / f"{split}.jsonl").write_text("".join(lines))
     return names
 
 
-def examples(package: str, seed: int) -> list[tuple[str, str]]:
-    """Up to ``EXAMPLES`` summaries without their verb, and the verb, from a package's files in random order."""
+def examples(package: str, seed: int) -> list[tuple[str, str, str]]:
+    """A package's files in random order: their paths, summaries without the verb, and the verb."""
     files = sources(package)
     random.Random(f"{seed}/{package}").shuffle(files)
-    found: list[tuple[str, str]] = []
-    for _, source in files:
-        found += [example for text in summaries(source) if (example := divided(text)) is not None]
-        if len(found) >= EXAMPLES:
+    found: list[tuple[str, str, str]] = []
+    for path, source in files:
+        own = [example for text in summaries(source) if (example := divided(text)) is not None]
+        found += [(path, *example) for example in own[:PER_FILE]]
+        if len(found) >= 1.25 * sum(SIZES.values()):  # near-copies will be left out
             break
-    return found[:EXAMPLES]
+    return found
+
+
+def split_by_file(rows: Sequence[Mapping[str, str]]) -> dict[str, list[Mapping[str, str]]]:
+    """A client's rows in file order as test, validation and train, each up to its size; no file is in two parts."""
+    parts: dict[str, list[Mapping[str, str]]] = {split: [] for split in SIZES}
+    waiting = list(SIZES)
+    for _, own in groupby(rows, key=lambda row: row["file"]):
+        if len(parts[waiting[0]]) >= SIZES[waiting[0]]:
+            waiting.pop(0)
+        if not waiting:
+            break
+        room = SIZES[waiting[0]] - len(parts[waiting[0]])
+        parts[waiting[0]] += list(own)[:room]
+    return parts
 
 
 def divided(summary: str) -> tuple[str, str] | None:
@@ -151,17 +188,9 @@ def divided(summary: str) -> tuple[str, str] | None:
     return None
 
 
-def summaries(source: str) -> Iterator[str]:
-    """The first paragraph of every function's docstring, on one line."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "\\d" in other people's strings
-        try:
-            tree = ast.parse(source)
-        except (SyntaxError, ValueError, RecursionError):
-            return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (doc := ast.get_docstring(node)):
-            yield re.sub(r"\s+", " ", prose(doc).partition("\n\n")[0]).strip()
+def summaries(source: str) -> list[str]:
+    """The first paragraph of every docstring, on one line."""
+    return [re.sub(r"\s+", " ", text.partition("\n\n")[0]) for text in docstrings_of(source)]
 
 
 def prior(results: Mapping[str, Result]) -> Row:
