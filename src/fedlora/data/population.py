@@ -143,11 +143,17 @@ def build(settings: DataSettings, task: str) -> Population:
 
 
 def from_datasets(
-    clients: Mapping[str, datasets.Dataset], settings: DataSettings, task: str, *, strangers: bool = False
+    clients: Mapping[str, datasets.Dataset],
+    settings: DataSettings,
+    task: str,
+    *,
+    strangers: bool = False,
+    partial: bool = False,
 ) -> Population:
     """The same from each client's own dataset; a column `split` (train, validation, test) is respected where present.
 
     `strangers`: nobody of them trains (they are only scored or served, with the labels that `settings` lists).
+    `partial`: these are not all clients of the federation: others may train the listed labels that these only test.
 
     Raises `UserError` that names the client and row of what is wrong.
     """
@@ -179,7 +185,7 @@ def from_datasets(
         unseen=tuple(ids) if strangers else hold_out(settings.holdout_clients, ids, settings.seed),
         read=read,
     )
-    return _finish(rows, settings)
+    return _finish(rows, settings, partial)
 
 
 def _said(part: Part) -> np.ndarray:
@@ -234,7 +240,7 @@ def _owners(
     return client, ids, ()
 
 
-def _finish(rows: _Rows, settings: DataSettings) -> Population:
+def _finish(rows: _Rows, settings: DataSettings, partial: bool = False) -> Population:
     """Splits, checks and seals."""
     owned = rows.client >= 0
     warnings = _unused(rows, owned)
@@ -264,7 +270,7 @@ def _finish(rows: _Rows, settings: DataSettings) -> Population:
     labels: tuple[str, ...] = ()
     if rows.labels:
         learns = owned & (role != TEST) & (~unseen if settings.label_space == "union" else True)
-        labels, more = _label_space(rows, settings, code, names, learns, unseen)
+        labels, more = _label_space(rows, settings, code, names, learns, unseen | partial)
         warnings += more
     warnings += _remarks(clients, rows, role, near)
     return Population(
@@ -280,7 +286,8 @@ def _finish(rows: _Rows, settings: DataSettings) -> Population:
 def _label_space(
     rows: _Rows, settings: DataSettings, code: np.ndarray, names: list[str], learns: np.ndarray, unseen: np.ndarray
 ) -> tuple[tuple[str, ...], list[str]]:
-    """The label space and its warnings; refuses labels that nothing trains."""
+    """The label space and its warnings; refuses labels that nothing trains (a listed one of an unseen client's rows may
+    be another's to train)."""
     is_trained = np.bincount(code[learns], minlength=len(names)) > 0
     trained = [name for name, known in zip(names, is_trained, strict=True) if known]
     is_listed = np.isin(names, settings.labels or ())

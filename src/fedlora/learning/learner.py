@@ -95,6 +95,11 @@ class Learner:
     def idle(self) -> bool:
         return not self._waiting and not self._running
 
+    def forget(self) -> None:
+        """Drops every job: nobody waits for them any more."""
+        self._waiting.clear()
+        self._running.clear()
+
     def advance(self) -> list[tuple[int, Any | Exception]]:
         """One fused step of training, or the scoring of as many jobs as there are lanes.
 
@@ -123,6 +128,11 @@ class Learner:
         if not queue:
             self._waiting.pop(key, None)
         return done
+
+    def abandon(self) -> None:
+        """Drops every job: nobody waits for them any more."""
+        self._waiting.clear()
+        self._running.clear()
 
     # -- what others ask
 

@@ -128,12 +128,18 @@ class TrainingSettings(Section):
 
 class EngineSettings(Section):
     """``[engine]``. ``lanes``: how many clients train in one pass over the base (1: the plain reference); ``tokens``:
-    the budget of one pass, padding included."""
+    the budget of one pass, padding included.
+
+    Between machines (``fedlora federate``): ``deadline``: seconds that a round waits for its clients; ``quorum``: the
+    share of them without which it waits on; ``join``: seconds for the sites to come and load the base."""
 
     name: Literal["simulator"] = "simulator"
     lanes: int | Literal["auto"] = "auto"
     tokens: int | Literal["auto"] = "auto"
     device: str = "auto"
+    deadline: float = Field(600.0, gt=0)
+    quorum: float = Field(0.5, ge=0, le=1)
+    join: float = Field(600.0, gt=0)
 
 
 class OutputSettings(Section):
@@ -153,7 +159,7 @@ class RunConfig(Section):
     clients: ClientSettings = ClientSettings()  # type: ignore[call-arg]
     algorithm: AlgorithmSettings
     training: TrainingSettings = TrainingSettings()  # type: ignore[call-arg]
-    engine: EngineSettings = EngineSettings()
+    engine: EngineSettings = EngineSettings()  # type: ignore[call-arg]
     output: OutputSettings = OutputSettings()
 
     @model_validator(mode="before")
@@ -179,23 +185,28 @@ def parse(value: Mapping[str, Any], place: str) -> RunConfig:
     try:
         return RunConfig.model_validate(value)
     except ValidationError as error:
-        lines = [_explained(problem) for problem in error.errors()]
-    raise UserError(f"{place}: " + "; ".join(lines), "see `fedlora run --help` and the README for the keys")
+        problems = explained(error, RunConfig)
+    raise UserError(f"{place}: {problems}", "see `fedlora run --help` and the README for the keys")
 
 
-def _explained(problem: Any) -> str:
+def explained(error: ValidationError, model: type[BaseModel]) -> str:
+    """Every wrong key of a file that ``model`` describes, its value and the nearest known name."""
+    return "; ".join(_explained(problem, model) for problem in error.errors())
+
+
+def _explained(problem: Any, model: type[BaseModel]) -> str:
     path = [str(part) for part in problem["loc"]]
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key '{key}' ({meant(path[-1], _keys(path[:-1]))})"
+        return f"unknown key '{key}' ({meant(path[-1], _keys(path[:-1], model))})"
     if problem["type"] == "missing":
         return f"'{key}' is missing"
     return f"'{key}' = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
 
 
-def _keys(path: Sequence[str]) -> list[str]:
+def _keys(path: Sequence[str], root: type[BaseModel]) -> list[str]:
     """The keys a table knows."""
-    model: Any = RunConfig
+    model: Any = root
     for part in path:
         field = next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
         options = () if field is None else getattr(field.annotation, "__args__", (field.annotation,))

@@ -1,0 +1,129 @@
+"""What all participants must have in common before they train, as facts that are compared by name."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+import fedlora
+from fedlora.data.keys import listed
+from fedlora.federation.algorithm import Algorithm
+from fedlora.federation.spec import ModelSpec, Tree
+from fedlora.federation.wire import encode
+from fedlora.learning.backbone import Backbone
+from fedlora.learning.tasks import Task
+
+REMEDIES = {
+    "fedlora": "install the same version at both ends",
+    "algorithm": "give every participant the same algorithm file; check the run file's [algorithm]",
+    "base": "copy the server's model folder to the site, or name the same one in [model] base",
+    "tokenizer": "copy the tokenizer's files along with the model",
+    "template": "the template of chats or labels differs: copy the tokenizer's files, or install the same version",
+    "labels": "correct [data] labels in the run file, or the site's mapping in [data.labels]",
+    "model": "the adapted layers or the head differ: use the same model and [adapter] targets",
+    "start": "the same seed gives other numbers: check the run file's seed and the versions of torch",
+}
+
+
+def facts(
+    backbone: Backbone, task: Task, spec: ModelSpec, algorithm: Algorithm[Any, Any, Any], seed: int
+) -> dict[str, str]:
+    """What must be equal, by name: readable texts, and SHA-256 of what is large."""
+    shapes = {"sites": spec.sites, "ranks": spec.ranks, "whole": spec.whole, "width": spec.width}
+    numbers = {"alpha": spec.alpha, "scaling": spec.scaling, "dtype": str(spec.dtype)}
+    return {
+        "fedlora": fedlora.__version__,
+        "algorithm": algorithm_fact(algorithm),
+        "base": weights(backbone),
+        "tokenizer": tokenizer(backbone.processor),
+        "template": template(backbone.processor, task),
+        "labels": json.dumps(list(spec.labels), ensure_ascii=False),
+        "model": digest(json.dumps({**shapes, **numbers}, sort_keys=True).encode()),
+        "start": digest(encode(start(spec, seed))),
+    }
+
+
+def start(spec: ModelSpec, seed: int) -> Tree:
+    """The random start that all derive from the seed instead of sending it."""
+    return {**spec.adapter(spec.ranks, seed), **spec.start(seed)}
+
+
+def digest(content: bytes) -> str:
+    """The first 32 digits of SHA-256: what is compared is meant to be read by people."""
+    return "sha256:" + hashlib.sha256(content).hexdigest()[:32]
+
+
+def algorithm_fact(algorithm: Algorithm[Any, Any, Any]) -> str:
+    """Its name and parameters, and the digest of the file that it is written in."""
+    cls = type(algorithm)
+    source = inspect.getsource(inspect.getmodule(cls) or cls)
+    return f"{algorithm!r} {digest(source.encode())}"
+
+
+def weights(backbone: Backbone) -> str:
+    """The base weights, rounded to bfloat16: they do not depend on the type that a site computes in."""
+    found = hashlib.sha256()
+    for path in sorted(backbone._actual):  # pyright: ignore[reportPrivateUsage]
+        value = backbone.parameter(path)
+        found.update(f"{path}{tuple(value.shape)}".encode())
+        rounded = value.to("cpu", torch.bfloat16) if value.is_floating_point() else value.cpu()
+        found.update(rounded.contiguous().view(torch.uint8).numpy().data)
+    return "sha256:" + found.hexdigest()[:32]
+
+
+def tokenizer(processor: Any) -> str:
+    """The tokenizer's rules where they can be read, else its vocabulary, else what it prints of itself."""
+    if processor is None:
+        return "none"
+    backend = getattr(processor, "backend_tokenizer", None)
+    if backend is not None:
+        value = json.loads(backend.to_str())
+        value |= {"truncation": None, "padding": None}  # these change with every call
+        return digest(json.dumps(value, sort_keys=True).encode())
+    if hasattr(processor, "get_vocab"):
+        return digest(repr(sorted(processor.get_vocab().items())).encode())
+    return digest(repr(processor.to_dict() if hasattr(processor, "to_dict") else type(processor).__name__).encode())
+
+
+def template(processor: Any, task: Task) -> str:
+    """How an example becomes tokens: the chat template, and what the task itself says."""
+    said = [getattr(processor, "chat_template", None), repr(task)]
+    return digest(repr(said).encode())
+
+
+def differences(server: Mapping[str, str], site: Mapping[str, str]) -> list[str]:
+    """One sentence a fact that differs, with both values and the remedy; empty: they agree.
+
+    >>> differences({"fedlora": "1.0", "base": "x"}, {"fedlora": "1.1", "base": "x"})
+    ['fedlora: the server has 1.0, this site 1.1 -> install the same version at both ends']
+    """
+    order = [*REMEDIES, *sorted({*server, *site} - REMEDIES.keys())]
+    return [
+        f"{name}: the server has {_shown(server.get(name))}, this site {_shown(site.get(name))}"
+        f"{_only(name, server, site)} -> {REMEDIES.get(name, 'use the same version of fedlora at both ends')}"
+        for name in order
+        if server.get(name) != site.get(name)
+    ]
+
+
+def _shown(value: str | None) -> str:
+    if value is None:
+        return "nothing"
+    return value if len(value) <= 300 else f"{value[:260]}... ({digest(value.encode())})"
+
+
+def _only(name: str, server: Mapping[str, str], site: Mapping[str, str]) -> str:
+    """Which labels only one of them has."""
+    if name != "labels" or not (server.get(name) and site.get(name)):
+        return ""
+    ours, theirs = (set(json.loads(one[name])) for one in (server, site))
+    if ours == theirs:
+        return " (in another order)"
+    more = {"the server": ours - theirs, "this site": theirs - ours}
+    said = [f"only {who} has {listed(sorted(own), 20)}" for who, own in more.items() if own]
+    return f" ({'; '.join(said)})"
