@@ -23,6 +23,7 @@ app = typer.Typer(
       fedlora quickstart                 a whole federation on data that is on this machine
       fedlora data my.toml               who has what, before anything runs
       fedlora run my.toml                train; writes a run folder
+      fedlora federate my.toml --sites 3 the same between processes, as over a network
       fedlora predict RUN --client ID --text "..."
       fedlora compare study.toml         a grid of runs over seeds, and its table
 
@@ -65,6 +66,21 @@ def run(
 
 
 @app.command()
+def federate(
+    file: RunFile,
+    sites: Annotated[int, typer.Option(help="how many sites share the clients")] = 3,
+    changes: Changes = None,
+    out: Annotated[Path | None, typer.Option(help="the run folder to write (default: runs/...)")] = None,
+) -> None:
+    """Train between processes of this machine, as sites would over a network: server, sites, and each its own data."""
+    from fedlora.engines.flower.federate import federate as start
+    from fedlora.study.config import load
+
+    config = load(file, changes or [])
+    _print_result(start(config, sites, out=out, name=file.stem, progress=True))
+
+
+@app.command()
 def resume(
     folder: RunFolder,
     rounds: Annotated[int | None, typer.Option(help="the new total number of rounds")] = None,
@@ -72,6 +88,8 @@ def resume(
     """Go on with an interrupted run, or train a finished one for longer."""
     from fedlora.study.run import resume as go_on
 
+    if (folder / "federation.json").exists():
+        from fedlora.engines.flower.federate import resume as go_on
     _print_result(go_on(folder, rounds=rounds, progress=True))
 
 

@@ -191,7 +191,7 @@ def assemble(
     private.require_representations(backbones, task, stores)
     examples = stores["base"]
     if terms is None:
-        terms = _terms(config, population, backbone, largest, backbone_of)
+        terms = terms_of(config, population, backbone, largest, backbone_of)
     algorithm = algorithms.settled(algorithm, terms.least)
     spec = specified(config, algorithm, backbone, terms)
     config = _resolved(config, algorithm, population, backbone, task, examples, spec)
@@ -239,12 +239,12 @@ def base_of(config: RunConfig, labels: Sequence[str], model: Any = None) -> Back
     return backbone
 
 
-def _terms(
+def terms_of(
     config: RunConfig,
     population: Population,
     backbone: Backbone,
-    largest: Mapping[str, int] | None,
-    backbone_of: str | None,
+    largest: Mapping[str, int] | None = None,
+    backbone_of: str | None = None,
 ) -> Terms:
     """What follows from all clients together."""
     names = [backbone_of] if backbone_of else config.clients.models

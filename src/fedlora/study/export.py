@@ -21,7 +21,6 @@ from fedlora.adapters.peft import Base, change, describe, flatten, not_plain, re
 from fedlora.assets import embedded_lm
 from fedlora.data.keys import meant
 from fedlora.errors import UserError
-from fedlora.federation.memory import quoted
 from fedlora.federation.orders import Model, logits
 from fedlora.federation.spec import ModelSpec, Tree
 from fedlora.learning.pooled import PooledClassifier
@@ -262,23 +261,28 @@ def deployed(folder: str | Path, client: str | None = None) -> Path:
         return path
     _import_algorithm(path)
     adapters = path / "adapters"
-    if not adapters.is_dir():
+    if not adapters.is_dir() and not any(path.glob("sites/*/adapters")):
         raise UserError(
             f"{path}: no adapters are there", "name a finished run's folder (`fedlora resume` finishes one)"
         )
-    written = {_content(p)["client"]: p for p in sorted((adapters / CLIENTS).glob("*")) if (p / ABOUT).exists()}
+    written = written_in(path)
     if client is None:
         if not (adapters / GLOBAL / ABOUT).exists():
             some = f", for example --client {next(iter(written))!r}" if written else ""
             raise UserError(f"{path}: this algorithm has no global model", f"name a client{some}")
         return adapters / GLOBAL
-    place = adapters / CLIENTS / quoted(client)
-    if not (place / ABOUT).exists():
+    if client not in written:
         raise UserError(
             f"{path}: no adapter of client {client!r} ({meant(client, written) if written else 'none were written'})",
             'clients beyond [output] client_adapters are not written: set it to "all" and run `fedlora resume`',
         )
-    return place
+    return written[client]
+
+
+def written_in(run: Path) -> dict[str, Path]:
+    """The clients' adapters of a run folder, those at its sites too."""
+    folders = [*run.glob(f"adapters/{CLIENTS}/*"), *run.glob(f"sites/*/adapters/{CLIENTS}/*")]
+    return {_content(place)["client"]: place for place in sorted(folders) if (place / ABOUT).exists()}
 
 
 def _import_algorithm(run: Path) -> None:

@@ -1,0 +1,262 @@
+"""The clients of a federation, as the server reaches them through Flower's Grid: a fleet (``federation.rounds``).
+
+Every question carries a fresh nonce and its round; an answer counts once, from the node that was asked, with the
+question's nonce. What comes late, twice or from elsewhere is refused and logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedlora.engines.flower.messages import ASK, HELLO, Answer, Hello, Presence, answers_of, request_plain
+from fedlora.engines.flower.records import Header, frame_of, header_of, pack, size_of
+from fedlora.errors import UserError
+from fedlora.federation.algorithm import Reply, Request
+from fedlora.federation.rounds import Asked
+from fedlora.federation.spec import Client
+from fedlora.federation.wire import decode, encode
+
+log = logging.getLogger(__name__)
+LIMIT = 1 << 30
+GRACE, LOOK = 5.0, 1.0
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long the server waits. ``deadline``: seconds for the answers of a round; ``quorum``: the share of the asked
+    clients without which it waits on; ``join``: seconds for sites to come and load their base; ``sites``: how many
+    must be there before the first round; ``poll``: seconds between looks."""
+
+    deadline: float = 600.0
+    quorum: float = 0.5
+    join: float = 600.0
+    sites: int = 1
+    poll: float = 0.1
+
+
+@dataclass(eq=False)
+class Site:
+    """A site that has introduced itself. ``node``: Flower's number of its SuperNode; ``silent``: it missed a deadline
+    and has not been heard since."""
+
+    name: str
+    node: int
+    clients: tuple[str, ...]
+    silent: bool = False
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question that waits for its answer."""
+
+    header: Header
+    node: int
+    sent: float
+    clients: tuple[str, ...] = ()
+
+
+Say = Callable[[Mapping[str, Any]], None]
+"""Told what happens, for whoever watches."""
+
+
+@dataclass(eq=False)
+class GridFleet:
+    """A fleet over a Grid. ``hello`` is what every new node is told; ``write``: whether an evaluation's deployed models
+    are kept as adapters at the sites, by client."""
+
+    grid: Grid
+    hello: Hello
+    patience: Patience = Patience()
+    say: Say = lambda event: None
+    write: frozenset[str] = frozenset()
+    sites: dict[str, Site] = field(default_factory=dict[str, Site])
+    clients: dict[str, Client] = field(default_factory=dict[str, Client])
+    strangers: set[str] = field(default_factory=set[str])
+    asked: dict[str, Question] = field(default_factory=dict[str, Question])  # by Flower's message id
+    refused: dict[int, str] = field(default_factory=dict[int, str])  # nodes that do not take part
+    steps: int = 0
+    flops: dict[str, float] = field(default_factory=dict[str, float])
+
+    # -- who is there
+
+    def available(self, round: int) -> Sequence[Client]:
+        """The clients of all sites that are connected and not silent; waits until some are."""
+        self.gather(self.patience.sites if round <= 1 else 1)
+        here = set(self.grid.get_node_ids())
+        names = [n for site in self.sites.values() if site.node in here and not site.silent for n in site.clients]
+        return [self.clients[name] for name in sorted(names) if name not in self.strangers]
+
+    def gather(self, count: int) -> None:
+        """Greets new nodes and hears from them until so many sites are there; UserError where too few come in time."""
+        end = time.monotonic() + self.patience.join
+        while True:
+            here = self._greet()
+            self._hear({HELLO})
+            ready = [site for site in self.sites.values() if site.node in here and not site.silent]
+            if len(ready) >= count:
+                return
+            if time.monotonic() > end:
+                reasons = "; ".join(f"node {node}: {why}" for node, why in sorted(self.refused.items()))
+                raise UserError(
+                    f"{len(ready)} of {count} sites are there after {self.patience.join:.0f} s"
+                    + (f" ({reasons})" if reasons else ""),
+                    "start the missing sites and look into their logs, then `fedlora resume` the run",
+                )
+            time.sleep(self.patience.poll)
+
+    def _greet(self) -> set[int]:
+        """Says hello to nodes that have not been greeted, and again to silent ones: the nodes that are there."""
+        here = set(self.grid.get_node_ids())
+        self.refused = {node: reason for node, reason in self.refused.items() if node in here}
+        now = time.monotonic()
+        for id in [id for id, question in self.asked.items() if now > question.sent + question.header.seconds + GRACE]:
+            del self.asked[id]  # nobody answers any more
+        waiting = {question.node for question in self.asked.values() if question.header.kind == HELLO}
+        known = {site.node for site in self.sites.values() if not site.silent}
+        for node in sorted(here - waiting - known - set(self.refused)):
+            self._push(node, HELLO, 0, self.hello.plain(), self.patience.join)
+        return here
+
+    def _greeted(self, node: int, presence: Presence) -> None:
+        """A node has introduced itself."""
+        taken = {name: site.name for site in self.sites.values() for name in site.clients if site.name != presence.site}
+        reason = presence.refused or next(
+            (f"client {c.id!r} is at site {taken[c.id]!r} already" for c in presence.clients if c.id in taken), ""
+        )
+        if reason:
+            self.refused[node] = reason
+            log.warning("site %r (node %d) does not take part: %s", presence.site, node, reason)
+            self.say({"event": "refused", "site": presence.site, "reason": reason})
+            return
+        names = tuple(client.id for client in presence.clients)
+        self.sites[presence.site] = Site(presence.site, node, names)
+        self.clients.update({client.id: client for client in presence.clients})
+        self.strangers |= presence.strangers
+        log.info("site %r (node %d) is there with %d clients", presence.site, node, len(names))
+        self.say({"event": "joined", "site": presence.site, "clients": len(names)})
+
+    def flush(self) -> None:
+        """Sites make memories durable before they answer."""
+
+    # -- questions and answers
+
+    def ask(self, requests: Asked) -> Iterator[tuple[str, Reply | None]]:
+        """Sends every site its clients' requests and yields replies as they come, until all are there or the deadline
+        has passed with the quorum reached. A site that comes back meanwhile is asked again."""
+        start, waiting = time.monotonic(), dict.fromkeys(sorted(requests))
+        total, answered, round, looked = len(waiting), 0, 0, start
+        for site in list(self.sites.values()):
+            names = [name for name in site.clients if name in waiting]
+            if names:
+                round = self._send(site, {name: requests[name] for name in names}, self.patience.deadline)
+        self.say({"event": "asked", "round": round, "clients": total})
+        while waiting:
+            passed = time.monotonic() - start
+            if passed > self.patience.deadline:
+                if answered >= self.patience.quorum * total:
+                    break
+                log.warning(
+                    "round %d: %d of %d clients have answered, the quorum is %g: waiting on",
+                    round,
+                    answered,
+                    total,
+                    self.patience.quorum,
+                )
+                start = time.monotonic()
+            if time.monotonic() > looked + LOOK:
+                looked = time.monotonic()
+                self._greet()
+            back, found = self._hear({HELLO, ASK})
+            for site in back:
+                if names := [name for name in site.clients if name in waiting]:
+                    log.info("site %r is back: asked again", site.name)
+                    self._send(site, {name: requests[name] for name in names}, max(self.patience.deadline - passed, 1))
+            for answer in found:
+                if answer.client not in waiting:
+                    continue
+                del waiting[answer.client]
+                answered += answer.reply is not None
+                self._count(answer)
+                self.say({"event": "answered", "round": round, "client": answer.client, "problem": answer.problem})
+                yield answer.client, answer.reply
+            if not back and not found and waiting:
+                time.sleep(self.patience.poll)
+        self._leave_behind(round, set(waiting))
+
+    def _send(self, site: Site, requests: Mapping[str, Request], seconds: float) -> int:
+        body = [request_plain(name, request, name in self.write) for name, request in requests.items()]
+        round = next(iter(requests.values())).round
+        self._push(site.node, ASK, round, body, seconds, tuple(requests))
+        return round
+
+    def _push(self, node: int, kind: str, round: int, body: Any, seconds: float, clients: tuple[str, ...] = ()) -> None:
+        header = Header(secrets.token_hex(16), kind, self.hello.run_id, round, float(seconds))
+        message = Message(pack(header, encode(body)), node, "query", ttl=seconds + GRACE)
+        for id in self.grid.push_messages([message]):
+            if id:
+                self.asked[id] = Question(header, node, time.monotonic(), clients)
+
+    def _hear(self, kinds: set[str]) -> tuple[list[Site], list[Answer]]:
+        """What has come: the sites that introduced themselves, and answers."""
+        ids = [id for id, question in self.asked.items() if question.header.kind in kinds]
+        back: list[Site] = []
+        found: list[Answer] = []
+        for message in self.grid.pull_messages(ids) if ids else ():
+            question = self.asked.pop(message.metadata.reply_to_message_id, None)
+            if question is None:
+                log.warning("an answer from node %d to no open question is refused", message.metadata.src_node_id)
+                continue
+            try:
+                body = self._read(message, question)
+            except ValueError as problem:
+                log.warning("the answer of node %d is refused: %s", question.node, problem)
+                found += [Answer(name, None, str(problem)) for name in question.clients]
+                if question.header.kind == HELLO:
+                    self.refused[question.node] = str(problem)
+                continue
+            if question.header.kind == HELLO:
+                presence = Presence.from_plain(body)
+                self._greeted(question.node, presence)
+                if question.node not in self.refused:
+                    back.append(self.sites[presence.site])
+            else:
+                found += [answer for answer in answers_of(body) if answer.client in question.clients]
+        return back, found
+
+    def _read(self, message: Message, question: Question) -> Any:
+        """The body of an answer; ValueError where it does not belong to the question."""
+        if message.has_error():
+            raise ValueError(f"the site failed: {message.error.reason}")
+        if message.metadata.src_node_id != question.node:
+            raise ValueError("another node was asked")
+        header = header_of(message.content)
+        if (header.nonce, header.round) != (question.header.nonce, question.header.round):
+            raise ValueError("it answers another question")
+        if (size := size_of(message.content)) > LIMIT:
+            raise ValueError(f"{size} bytes are above the limit of {LIMIT}")
+        return decode(frame_of(message.content))
+
+    def _count(self, answer: Answer) -> None:
+        """Keeps account of what the sites' work took."""
+        self.steps += answer.cost.steps
+        self.flops[answer.client] = self.flops.get(answer.client, 0.0) + answer.cost.flops
+        if answer.problem:
+            log.warning("client %r is lost: %s", answer.client, answer.problem)
+
+    def _leave_behind(self, round: int, missing: set[str]) -> None:
+        """The questions of a round are closed; who did not answer is asked again when it is heard of."""
+        for id in [id for id, question in self.asked.items() if question.header.kind == ASK]:
+            question = self.asked.pop(id)
+            for site in self.sites.values():
+                if site.node == question.node and missing & set(site.clients):
+                    site.silent = True
+                    log.warning("round %d: site %r is left behind at the deadline", round, site.name)
+                    self.say({"event": "silent", "site": site.name, "round": round})
