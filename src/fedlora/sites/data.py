@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -17,12 +18,55 @@ from fedlora.errors import UserError
 from fedlora.learning.backbone import Backbone
 from fedlora.sites.settings import SiteSettings
 from fedlora.study.config import RunConfig
+from fedlora.study.experiment import base_of
 
+BASE = "base"
 SPLITS = ("train", "validation", "test")
 STATE = 16
 """Bytes of one trained number: its value, its gradient and two moments, all float32."""
 KEPT = 12
 """Numbers that a backward pass keeps for each output of an adapted layer: an estimate, not a bound."""
+
+
+@dataclass(frozen=True)
+class Brought:
+    """What a site brings to a run: the run file as it carries it out, its examples, and its one client's ranks by layer
+    and model."""
+
+    config: RunConfig
+    population: Population
+    ranks: Mapping[str, Mapping[str, int]]
+    models: Mapping[str, str]
+
+
+def brought(site: SiteSettings, config: RunConfig, most: Mapping[str, int], labels: Sequence[str]) -> Brought:
+    """A site's part in a run whose largest ranks by layer are ``most``. Raises UserError where it cannot take part."""
+    config = localised(site, config)
+    found = population(site, config, labels)
+    ranks = dict(most)
+    if site.resources.rank is not None or site.resources.memory is not None:
+        backbone = base_of(config, labels) if site.resources.memory is not None else None
+        rank = rank_of(site, config, backbone, max(most.values(), default=1))
+        ranks = {layer: min(largest, rank) for layer, largest in most.items()}
+    return Brought(config, found, {site.name: ranks}, {site.name: site.model.own or BASE})
+
+
+def localised(site: SiteSettings, config: RunConfig) -> RunConfig:
+    """The run file with what differs from site to site: where the base lies, the device, a model of its own."""
+    if config.clients.models and site.model.own is None:
+        raise UserError(
+            f"site {site.name!r}: every site brings a model to this run", "name it in site.toml: [model] own = ..."
+        )
+    if site.model.own is not None and not config.clients.models:
+        raise UserError(
+            f"site {site.name!r}: [model] own = {site.model.own!r}, but the run's clients share one base",
+            "leave it out for this run",
+        )
+    return config.replace(
+        model={"name": site.model.base} if site.model.base else {},
+        clients={"models": [site.model.own]} if site.model.own else {},
+        engine={"device": site.resources.device},
+    )
 
 
 def population(site: SiteSettings, config: RunConfig, labels: Sequence[str]) -> Population:
@@ -98,9 +142,9 @@ def renamed(own: Sequence[str], part: Part, site: SiteSettings, labels: Sequence
     return [names[label] for label in own]
 
 
-def rank_of(site: SiteSettings, config: RunConfig, backbone: Backbone, most: int | None = None) -> int:
+def rank_of(site: SiteSettings, config: RunConfig, backbone: Backbone | None, most: int | None = None) -> int:
     """The rank that this site trains: ``[resources] rank``, what its ``memory`` holds, or the run's; at most ``most``
-    (default: the run's ``[adapter] rank``).
+    (default: the run's ``[adapter] rank``). The base is needed where the rank follows from memory.
 
     Raises UserError where the memory holds not even rank 1.
     """
@@ -109,6 +153,7 @@ def rank_of(site: SiteSettings, config: RunConfig, backbone: Backbone, most: int
         return min(site.resources.rank, most)
     if site.resources.memory is None:
         return most
+    assert backbone is not None
     fixed, each = needs(backbone, int(config.engine.tokens) if config.engine.tokens != "auto" else 1024)
     rank = (site.resources.memory - fixed) // each if each else most
     if rank < 1:

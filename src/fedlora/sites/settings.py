@@ -19,6 +19,7 @@ from fedlora.errors import UserError
 from fedlora.study.config import BUILT_IN, Section, explained
 
 FILE = "site.toml"
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 UPLOADS = ("adapter", "head", "norm", "embedding", "backbone", "statistics")
 """Kinds of arrays that an algorithm may want to send; scores, counts and losses always go with them."""
 Upload = Literal["adapter", "head", "norm", "embedding", "backbone", "statistics"]
@@ -129,7 +130,7 @@ class Allowed(Section):
 class SiteSettings(Section):
     """A whole ``site.toml``. ``name`` is the site's id: its client in every run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: str = Field(pattern=NAME)
     server: ServerAddress
     data: SiteData
     resources: Resources = Resources()  # type: ignore[call-arg]
@@ -143,12 +144,25 @@ def load(place: str | Path) -> SiteSettings:
     file = Path(place)
     file = file / FILE if file.is_dir() else file
     try:
-        value = tomllib.loads(file.read_text())
+        text = file.read_text()
     except FileNotFoundError:
         raise UserError(f"{file}: no such site file", "make one with: fedlora site init NAME") from None
+    return parse_text(text, str(file), file.parent)
+
+
+def parse_text(text: str, place: str, folder: Path | None = None) -> SiteSettings:
+    """Validates the text of a ``site.toml`` that lies (or will lie) in a folder."""
+    try:
+        value = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{file}: not valid TOML: {error}", "strings need quotes; tables look like [data]") from None
-    return parse(located(value, file.parent), str(file))
+        raise UserError(f"{place}: not valid TOML: {error}", "strings need quotes; tables look like [data]") from None
+    return parse(value if folder is None else located(value, folder), place)
+
+
+def require_name(name: str) -> None:
+    """Refuses what cannot be a site's name: it is also a folder's and a file's."""
+    if not re.match(NAME, name):
+        raise UserError(f"{name!r} cannot be a site's name", "use letters, digits, dots, dashes and underscores")
 
 
 def parse(value: Mapping[str, Any], place: str = FILE) -> SiteSettings:
