@@ -63,12 +63,12 @@ client_adapters = "all"
 LEAST = "4  "
 """What everybody can afford: the rank where all must have the same."""
 PLANS = (
-    Plan("alone", "local", 3),
+    Plan("alone", "local", 3, sends=False),
     Plan("fedit", "fedit", 4, "finetune_epochs = 1\n", ranks=LEAST),
     Plan("flexlora", "flexlora", 4, "finetune_epochs = 1\n"),
     Plan("fdlora", "fdlora", 4, "stage1_epochs = 1\ngenerations = 4\n", ranks=LEAST, needs="cma"),
     Plan("ce-lora", "ce-lora", 4, ranks=LEAST, needs="ot"),
-    Plan(POOLED, "pooled", 3, batch_size=16, everyone=False, begin=True),
+    Plan(POOLED, "pooled", 3, batch_size=16, everyone=False, begin=True, sends=False),
 )
 ROWS = (
     ("each alone", "alone", True),

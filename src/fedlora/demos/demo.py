@@ -40,7 +40,7 @@ class Row:
 @dataclass(frozen=True)
 class Plan:
     """A run: what its file says. ``parameters``, ``adapter``: further lines of these sections; ``begin``: score the
-    start too; ``needs``: a module that comes with an extra."""
+    start too; ``sends``: something travels (a frame of nothing has bytes too); ``needs``: a module that comes with an extra."""
 
     file: str
     algorithm: str
@@ -51,6 +51,7 @@ class Plan:
     batch_size: int = 8
     everyone: bool = True
     begin: bool = False
+    sends: bool = True
     needs: str | None = None
 
 
@@ -113,13 +114,13 @@ def show(demo: Demo, out: Path | None = None, *, seed: int = 0, console: Console
 
 def rows_of(demo: Demo, results: Mapping[str, Result]) -> list[Row]:
     """The table's rows from the runs."""
-    rows = [demo.first(results)]
+    rows, silent = [demo.first(results)], {plan.file for plan in demo.plans if not plan.sends}
     for name, run, deployed in demo.rows:
         if run not in results:
             continue
         summary = results[run].summary
         personal = summary["personal"]
-        sent = sum(summary["bytes"].values()) if summary["federated"] and run != "alone" else 0  # its frames are empty
+        sent = 0 if run in silent else sum(summary["bytes"].values())
         if deployed:
             rows.append(row(name, personal, personal["on_everyone"]["mean"], sent))
         else:

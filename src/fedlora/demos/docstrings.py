@@ -96,14 +96,14 @@ PRIVATE = 'extras = { head = "private" }\n'
 LEAST = "4  "
 """What everybody can afford: the rank where all must have the same."""
 PLANS = (
-    Plan("head-alone", "head-only", 4, adapter=PRIVATE, ranks=LEAST),
-    Plan("alone", "local", 3),
+    Plan("head-alone", "head-only", 4, adapter=PRIVATE, ranks=LEAST, sends=False),
+    Plan("alone", "local", 3, sends=False),
     Plan("fedit", "fedit", 5, "finetune_epochs = 1\n", ranks=LEAST),
     Plan("flexlora", "flexlora", 5, "finetune_epochs = 1\n"),
     Plan("fdlora", "fdlora", 4, "stage1_epochs = 1\ngenerations = 4\n", ranks=LEAST, needs="cma"),
     Plan("ce-lora", "ce-lora", 4, ranks=LEAST, needs="ot"),
-    Plan("pooled-head", "pooled", 3, "adapter = false\n", batch_size=16, everyone=False),
-    Plan(POOLED, "pooled", 3, batch_size=16, everyone=False),
+    Plan("pooled-head", "pooled", 3, "adapter = false\n", batch_size=16, everyone=False, sends=False),
+    Plan(POOLED, "pooled", 3, batch_size=16, everyone=False, sends=False),
 )
 ROWS = (
     ("frozen encoder, a head each", "head-alone", True),
