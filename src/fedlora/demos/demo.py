@@ -40,7 +40,8 @@ class Row:
 @dataclass(frozen=True)
 class Plan:
     """A run: what its file says. ``parameters``, ``adapter``: further lines of these sections; ``begin``: score the
-    start too; ``sends``: something travels (a frame of nothing has bytes too); ``needs``: a module that comes with an extra."""
+    start too; ``sends``: something travels (a frame of nothing has bytes too); ``needs``: a module that comes with an
+    extra."""
 
     file: str
     algorithm: str
