@@ -115,6 +115,10 @@ class Experiment:
         return self.learner.backbones
 
     @property
+    def limits(self) -> None:
+        """None: all participants are this process."""
+
+    @property
     def identity(self) -> Mapping[str, Any]:
         """What a checkpoint belongs to: the data's hash, and the largest ranks served."""
         return {"population": self.population.digest, "ranks": dict(self.spec.ranks)}

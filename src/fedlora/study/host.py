@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedlora.federation.admission import Limits
 from fedlora.federation.algorithm import Algorithm
 from fedlora.federation.orders import Model
 from fedlora.federation.rounds import Fleet
@@ -78,6 +79,11 @@ class Host(Writes, Protocol):
     @property
     def identity(self) -> Mapping[str, Any]:
         """What a checkpoint belongs to: "population" (the data's hash), "ranks" (the largest served, by site)."""
+        ...
+
+    @property
+    def limits(self) -> Limits | None:
+        """What no honest participant exceeds; None: they are all our own."""
         ...
 
     @property

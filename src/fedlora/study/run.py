@@ -116,6 +116,7 @@ def _train(experiment: Host, saved: Mapping[str, Any] | None, progress: bool) ->
             run_id=experiment.run_id,
             sampler=experiment.sampler,
             resume=saved,
+            limits=experiment.limits,
         )
         checkpoint = saved
         for report, cost in _timed(reports, experiment):

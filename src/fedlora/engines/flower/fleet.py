@@ -19,14 +19,16 @@ from flwr.serverapp import Grid
 from fedlora.engines.flower.messages import ASK, HELLO, Answer, Hello, Presence, answers_of, request_plain
 from fedlora.engines.flower.records import Header, frame_of, header_of, pack, size_of
 from fedlora.errors import UserError
+from fedlora.federation.admission import Limits, oversized
 from fedlora.federation.algorithm import Reply, Request
 from fedlora.federation.rounds import Asked
 from fedlora.federation.spec import Client
 from fedlora.federation.wire import decode, encode
+from fedlora.sites.agreement import differences
 
 log = logging.getLogger(__name__)
-LIMIT = 1 << 30
 GRACE, LOOK = 5.0, 1.0
+LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,14 @@ Say = Callable[[Mapping[str, Any]], None]
 @dataclass(eq=False)
 class GridFleet:
     """A fleet over a Grid. ``hello`` is what every new node is told; ``write``: whether an evaluation's deployed models
-    are kept as adapters at the sites, by client."""
+    are kept as adapters at the sites, by client; ``nodes``: whose key each node has, where keys are registered."""
 
     grid: Grid
     hello: Hello
     patience: Patience = Patience()
     say: Say = lambda event: None
+    limits: Limits = LIMITS
+    nodes: Mapping[int, str] | None = None
     write: frozenset[str] = frozenset()
     sites: dict[str, Site] = field(default_factory=dict[str, Site])
     clients: dict[str, Client] = field(default_factory=dict[str, Client])
@@ -131,6 +135,10 @@ class GridFleet:
         reason = presence.refused or next(
             (f"client {c.id!r} is at site {taken[c.id]!r} already" for c in presence.clients if c.id in taken), ""
         )
+        if self.nodes is not None and self.nodes.get(node) != presence.site:
+            reason = f"its key is registered as {self.nodes.get(node)!r}"
+        if not reason:
+            reason = "; ".join(differences(self.hello.facts, presence.facts)) if self.hello.facts else ""
         if reason:
             self.refused[node] = reason
             log.warning("site %r (node %d) does not take part: %s", presence.site, node, reason)
@@ -240,8 +248,8 @@ class GridFleet:
         header = header_of(message.content)
         if (header.nonce, header.round) != (question.header.nonce, question.header.round):
             raise ValueError("it answers another question")
-        if (size := size_of(message.content)) > LIMIT:
-            raise ValueError(f"{size} bytes are above the limit of {LIMIT}")
+        if refusal := oversized(size_of(message.content), self.limits):
+            raise ValueError(str(refusal))
         return decode(frame_of(message.content))
 
     def _count(self, answer: Answer) -> None:

@@ -13,12 +13,14 @@ from flwr.serverapp import Grid
 from fedlora.engines.flower.fleet import GridFleet, Patience, Say
 from fedlora.engines.flower.messages import Hello
 from fedlora.errors import UserError
+from fedlora.federation.admission import Limits
 from fedlora.federation.algorithm import Algorithm
 from fedlora.federation.orders import Model
 from fedlora.federation.rounds import evaluate
 from fedlora.federation.sampling import Cohorts
 from fedlora.federation.spec import Client, ModelSpec, Sums
 from fedlora.learning.backbone import Backbone
+from fedlora.sites import agreement
 from fedlora.study import algorithm as algorithms
 from fedlora.study import folder as files
 from fedlora.study import private
@@ -29,6 +31,7 @@ from fedlora.study.summary import Metric
 from fedlora.study.tasks import task_of
 
 PLAN = "federation.json"
+LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class Federation:
     metric: Metric
     fleet: GridFleet
     class_prior: Mapping[str, Any] | None = field(default=None)
+    limits: Limits | None = field(default=LIMITS)
 
     @property
     def run_id(self) -> str:
@@ -169,6 +173,8 @@ def federation(
     backbone = base_of(config, plan.terms.labels)
     algorithm = algorithms.settled(algorithm, plan.terms.least)
     spec = specified(config, algorithm, backbone, plan.terms)
-    metric = Metric(*task_of(config, plan.terms.labels, plan.terms.fields, backbone).metric)
-    fleet = GridFleet(grid, Hello(plan.run_id, config, plan.terms), replace(patience, sites=plan.sites), say)
-    return Federation(config, folder, plan, algorithm, backbone, spec, metric, fleet)
+    task = task_of(config, plan.terms.labels, plan.terms.fields, backbone)
+    facts = agreement.facts(backbone, task, spec, algorithm, config.seed)
+    hello = Hello(plan.run_id, config, plan.terms, facts)
+    fleet = GridFleet(grid, hello, replace(patience, sites=plan.sites), say, limits=LIMITS)
+    return Federation(config, folder, plan, algorithm, backbone, spec, Metric(*task.metric), fleet)

@@ -1,26 +1,22 @@
-"""A site's side of a run: its experiment, kept warm between messages, and its answers."""
+"""A site's side of a run: ready between messages, it answers the server's questions."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fedlora.engines.flower.messages import ASK, HELLO, Answer, Cost, Hello, Presence, Unreadable, request_of
-from fedlora.engines.flower.split import share
+from fedlora.engines.flower.ready import Ready, ready, site_name
 from fedlora.errors import UserError
-from fedlora.federation.algorithm import Request
+from fedlora.federation.algorithm import Reply, Request
 from fedlora.federation.client import Executor, Job
 from fedlora.federation.memory import quoted
-from fedlora.federation.orders import Model
-from fedlora.federation.spec import Sums
 from fedlora.federation.wire import decode, encode
-from fedlora.study import export
-from fedlora.study.deploy import write_own
-from fedlora.study.experiment import Experiment, assemble
+from fedlora.sites.guard import Guarded, leaving, outgoing
 
 log = logging.getLogger(__name__)
 Stop = Callable[[], str | None]
@@ -53,15 +49,19 @@ class Watched:
 
 @dataclass(eq=False)
 class Resident:
-    """One site. Its folder holds its data, its clients' memories and adapters, what it knows of runs (``runs/``)."""
+    """One site. Its folder holds its data, its clients' memories and adapters, what it knows of runs (``runs/``).
+
+    ``prepare``: loads what a run needs, once; one run at a time is held.
+    """
 
     folder: Path
-    runs: dict[str, Experiment] = field(default_factory=dict[str, Experiment])
+    prepare: Callable[[Path, Hello], Ready] = ready
+    runs: dict[str, tuple[Hello, Ready]] = field(default_factory=dict[str, tuple[Hello, Ready]])
 
     @property
     def name(self) -> str:
         """The site's name."""
-        return self.folder.name
+        return site_name(self.folder)
 
     def answer(self, kind: str, run: str, body: Any, stop: Stop) -> Any:
         """What to say to a question."""
@@ -76,46 +76,38 @@ class Resident:
     def hello(self, hello: Hello) -> Presence:
         """Gets ready for a run: says which clients are here, or why not."""
         try:
-            experiment = self._ready(hello)
+            presence = self._ready(hello).presence
         except UserError as problem:
             log.warning("run %s is refused: %s", hello.run_id, problem)
             return Presence(self.name, refused=str(problem))
-        self._remember(hello)
-        clients = tuple(client for _, client in sorted(experiment.fleet.clients.items()))
-        return Presence(self.name, clients, experiment.fleet.strangers)
-
-    def _ready(self, hello: Hello) -> Experiment:
-        known = self.runs.get(hello.run_id)
-        if known is not None and known.config.replace(training={"rounds": 0}) == hello.config.replace(
-            training={"rounds": 0}
-        ):
-            return known
-        self.runs.clear()  # one base at a time
-        own = share(self.folder, hello.terms.labels)
-        terms = replace(hello.terms, ranks=own.ranks, models=own.models)
-        log.info("run %s: %d clients, loading the base", hello.run_id, len(own.population.clients))
-        experiment = assemble(hello.config, self.folder, population=own.population, terms=terms)
-        self.runs[hello.run_id] = experiment
-        return experiment
-
-    def _remember(self, hello: Hello) -> None:
-        """For a worker that is started anew while the run goes on."""
         file = self._file(hello.run_id)
         file.parent.mkdir(exist_ok=True)
         temporary = file.with_suffix(".tmp")
-        temporary.write_bytes(encode(hello.plain()))
+        temporary.write_bytes(encode(hello.plain()))  # for a worker that is started anew while the run goes on
         temporary.replace(file)
+        return presence
+
+    def _ready(self, hello: Hello) -> Ready:
+        known = self.runs.get(hello.run_id)
+        if known is not None and known[0].plain() == hello.plain():
+            return known[1]
+        self.runs.clear()  # one base at a time
+        log.info("run %s: loading", hello.run_id)
+        found = self.prepare(self.folder, hello)
+        self.runs[hello.run_id] = hello, found
+        log.info("run %s: ready with %d clients", hello.run_id, len(found.presence.clients))
+        return found
 
     def _file(self, run: str) -> Path:
         return self.folder / "runs" / f"{quoted(run)}.safetensors"
 
-    def experiment(self, run: str) -> Experiment:
-        """The experiment of a run that this site has heard of; UserError of any other."""
+    def known(self, run: str) -> Ready:
+        """A run that this site has heard of; UserError of any other."""
         if run not in self.runs:
             if not self._file(run).exists():
                 raise UserError(f"run {run!r} has not been introduced here")
             self._ready(Hello.from_plain(decode(self._file(run).read_bytes())))
-        return self.runs[run]
+        return self.runs[run][1]
 
     # -- ask
 
@@ -123,57 +115,53 @@ class Resident:
         """Every client's answer. What went wrong at one is its problem; the others go on."""
         asked = [request_of(one) for one in body]
         try:
-            experiment = self.experiment(run)
+            here = self.known(run)
         except UserError as problem:
             return [Answer(name, None, str(problem)) for name, _, _ in asked]
-        foreign = [name for name, _, _ in asked if name not in experiment.fleet.clients]
-        requests = {name: request for name, request, _ in asked if name not in foreign}
+        requests = {name: request for name, request, _ in asked if name in here.fleet.clients}
         written = {name for name, _, write in asked if write}
-        found = [Answer(name, None, f"no client {name!r} is here") for name in foreign]
-        found += self._work(experiment, requests, written, stop)
-        experiment.fleet.flush()
+        found = [Answer(name, None, "it is not at this site") for name, _, _ in asked if name not in requests]
+        found += work(here, requests, written, stop)
+        here.fleet.flush()
         return found
 
-    def _work(
-        self, experiment: Experiment, requests: Mapping[str, Request], written: set[str], stop: Stop
-    ) -> Iterator[Answer]:
-        learner = experiment.learner
-        fleet = replace(
-            experiment.fleet, executor=Watched(learner, stop), deploy=writer(experiment, written) if written else None
+
+def work(here: Ready, requests: Mapping[str, Request], written: set[str], stop: Stop) -> Iterator[Answer]:
+    """Every request's answer; memories are written, and durable once the fleet is flushed."""
+    executor: Executor = here.fleet.executor
+    if here.allow is not None:
+        guarded = Guarded(
+            executor, here.allow, examples=lambda name: here.fleet.facts(name)[0], abandon=here.learner.forget
         )
-        waiting = dict.fromkeys(sorted(requests))
-        flops, steps, start = dict(learner.meter.clients), learner.steps, time.perf_counter()
-        try:
-            for name, reply in fleet.ask(requests):
-                seconds, start = time.perf_counter() - start, time.perf_counter()
-                spent = learner.meter.clients.get(name, 0.0) - flops.get(name, 0.0)
-                cost, steps = Cost(seconds, learner.steps - steps, spent), learner.steps
-                del waiting[name]
-                yield Answer(name, reply, "" if reply else "its training failed: see the site's log", cost)
-        except Stopped as reason:
-            learner.forget()
-            log.warning("stopped: %s", reason)
-            yield from lost(list(waiting), f"stopped: {reason}")
-        except Exception as problem:
-            learner.forget()
+        for name in requests:
+            guarded.begin(name)
+        executor = guarded
+    fleet = replace(here.fleet, executor=Watched(executor, stop), deploy=here.writer(written) if written else None)
+    waiting, start, (steps, flops) = dict.fromkeys(sorted(requests)), time.perf_counter(), here.spent()
+    try:
+        for name, reply in fleet.ask(requests):
+            now, (done, counts) = time.perf_counter(), here.spent()
+            cost = Cost(now - start, done - steps, counts.get(name, 0.0) - flops.get(name, 0.0))
+            start, steps = now, done
+            del waiting[name]
+            yield checked(here, name, reply, cost)
+    except Exception as problem:
+        here.learner.forget()
+        if isinstance(problem, Stopped):
+            log.warning("stopped: %s", problem)
+        else:
             log.exception("a client program failed")
-            text = str(problem) if isinstance(problem, UserError) else type(problem).__name__
-            yield from lost(list(waiting), text)
+        # the text of any other error may hold what nobody outside may read
+        text = str(problem) if isinstance(problem, (Stopped, UserError)) else type(problem).__name__
+        yield from (Answer(name, None, text) for name in waiting)
 
 
-def lost(names: Sequence[str], problem: str) -> Iterator[Answer]:
-    """Answers of clients that have none."""
-    for name in names:
-        yield Answer(name, None, problem)
-
-
-def writer(experiment: Experiment, names: set[str]) -> Callable[[str, Mapping[str, Model], Mapping[str, Sums]], None]:
-    """Keeps the deployed models of some clients as adapter folders."""
-
-    def deploy(client: str, models: Mapping[str, Model], sums: Mapping[str, Sums]) -> None:
-        if client in names:
-            deployed, model = next(iter(models.items()))
-            place = experiment.folder / "adapters" / export.CLIENTS / quoted(client)
-            write_own(experiment, place, model, client, experiment.metric.of(sums[deployed]))
-
-    return deploy
+def checked(here: Ready, name: str, reply: Reply | None, cost: Cost) -> Answer:
+    """A client's answer, if its site lets it leave."""
+    if reply is None:
+        return Answer(name, None, "its training failed or was beyond the site's limits: see the site's log", cost)
+    if here.allow is not None and (reason := outgoing(here.allow, reply)):
+        log.warning("client %r: %s", name, reason)
+        return Answer(name, None, reason, cost)
+    log.info("leaves %s", leaving(name, reply))
+    return Answer(name, reply, "", cost)

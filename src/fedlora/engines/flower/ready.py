@@ -1,0 +1,97 @@
+"""What a site brings to a run, from its folder: its share of a divided data set, or its own files (``site.toml``)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from fedlora.engines.flower import split
+from fedlora.engines.flower.messages import Hello, Presence
+from fedlora.engines.simulator import Simulator
+from fedlora.errors import UserError
+from fedlora.federation.memory import quoted
+from fedlora.federation.orders import Model
+from fedlora.federation.spec import Sums
+from fedlora.sites import agreement, guard, settings
+from fedlora.sites.data import Brought, brought
+from fedlora.sites.settings import Allowed
+from fedlora.study import algorithm as algorithms
+from fedlora.study import export
+from fedlora.study.deploy import write_own
+from fedlora.study.experiment import Experiment, assemble
+
+log = logging.getLogger(__name__)
+SETTINGS = "site.toml"
+Deploy = Callable[[str, Mapping[str, Model], Mapping[str, Sums]], None]
+
+
+class Work(Protocol):
+    """What a site needs of a learner beside its being an executor."""
+
+    def forget(self) -> None:
+        """Drops every job."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A run at a site. ``spent``: steps so far and operations by client; ``writer``: keeps the deployed models of some
+    clients; ``allow``: what the site's owner allows (None: everything)."""
+
+    presence: Presence
+    fleet: Simulator
+    learner: Work
+    spent: Callable[[], tuple[int, Mapping[str, float]]]
+    writer: Callable[[set[str]], Deploy]
+    allow: Allowed | None = field(default=None)
+
+
+def site_name(folder: Path) -> str:
+    """The site's name: as its ``site.toml`` says, or the folder's."""
+    file = folder / SETTINGS
+    return settings.load(file).name if file.exists() else folder.name
+
+
+def ready(folder: Path, hello: Hello) -> Ready:
+    """Loads what a run needs. Raises UserError where the site cannot or may not take part."""
+    file = folder / SETTINGS
+    terms, allow = hello.terms, None
+    if file.exists():
+        site = settings.load(file)
+        allow = site.allow
+        if reason := guard.permitted(allow, hello.config, algorithms.build(hello.config)):
+            raise UserError(reason)
+        own = brought(site, hello.config, terms.most, terms.labels)
+    else:
+        share = split.share(folder, terms.labels)
+        own = Brought(hello.config, share.population, share.ranks, share.models)
+    terms = replace(terms, ranks=own.ranks, models=own.models)
+    experiment = assemble(own.config, folder, population=own.population, terms=terms)
+    facts = facts_of(experiment)
+    if hello.facts and (found := agreement.differences(hello.facts, facts)):
+        raise UserError("; ".join(found))
+    clients = tuple(client for _, client in sorted(experiment.fleet.clients.items()))
+    presence = Presence(site_name(folder), clients, experiment.fleet.strangers, facts)
+    learner = experiment.learner
+    return Ready(presence, experiment.fleet, learner, experiment.spent, lambda names: writer(experiment, names), allow)
+
+
+def facts_of(experiment: Experiment) -> dict[str, str]:
+    """What must be equal at all ends."""
+    e = experiment
+    return agreement.facts(e.backbone, e.task, e.spec, e.algorithm, e.config.seed)
+
+
+def writer(experiment: Experiment, names: set[str]) -> Deploy:
+    """Keeps the deployed models of some clients as adapter folders."""
+
+    def deploy(client: str, models: Mapping[str, Model], sums: Mapping[str, Sums]) -> None:
+        if client in names:
+            deployed, model = next(iter(models.items()))
+            place = experiment.folder / "adapters" / export.CLIENTS / quoted(client)
+            write_own(experiment, place, model, client, experiment.metric.of(sums[deployed]))
+
+    return deploy
