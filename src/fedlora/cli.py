@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from fedlora.errors import UserError
+from fedlora.sites import commands
 
 app = typer.Typer(
     name="fedlora",
@@ -44,6 +45,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(commands.site, name="site")
+app.add_typer(commands.server, name="server")
 
 RunFile = Annotated[Path, typer.Argument(metavar="FILE.toml", help="the run file")]
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="a run folder")]

@@ -129,11 +129,6 @@ class Learner:
             self._waiting.pop(key, None)
         return done
 
-    def abandon(self) -> None:
-        """Drops every job: nobody waits for them any more."""
-        self._waiting.clear()
-        self._running.clear()
-
     # -- what others ask
 
     def units(self, client: str, split: Split, limit: int | None = None, backbone: str = "base") -> np.ndarray:
