@@ -1,4 +1,4 @@
-"""Flower's Grid inside one process: messages go through Flower's own serialisation to functions that stand for nodes."""
+"""Flower's Grid inside one process: messages go through Flower's serialisation to functions that stand for nodes."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from fedlora.study.experiment import Terms, base_of, specified
 from fedlora.study.summary import Metric
 from fedlora.study.tasks import task_of
 
-PLAN = "federation.json"
+PLAN, NODES = "federation.json", "nodes.json"
 LIMITS = Limits()
 
 
@@ -176,5 +176,13 @@ def federation(
     task = task_of(config, plan.terms.labels, plan.terms.fields, backbone)
     facts = agreement.facts(backbone, task, spec, algorithm, config.seed)
     hello = Hello(plan.run_id, config, plan.terms, facts)
-    fleet = GridFleet(grid, hello, replace(patience, sites=plan.sites), say, limits=LIMITS)
+    fleet = GridFleet(
+        grid, hello, replace(patience, sites=plan.sites), say, limits=LIMITS, nodes=registered_nodes(folder)
+    )
     return Federation(config, folder, plan, algorithm, backbone, spec, Metric(*task.metric), fleet)
+
+
+def registered_nodes(folder: Path) -> dict[int, str] | None:
+    """Whose key each of Flower's nodes has, where the run's server registers keys; None: anybody's."""
+    file = folder / NODES
+    return {int(node): name for node, name in json.loads(file.read_text()).items()} if file.exists() else None

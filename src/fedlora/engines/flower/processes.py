@@ -163,7 +163,7 @@ class SuperLink:
 
 @dataclass(eq=False)
 class SiteProcesses:
-    """A site: its worker and its SuperNode."""
+    """A site: its worker, its SuperNode, and the runner that takes messages from the one to the other."""
 
     folder: Path
     superlink: str
@@ -172,9 +172,10 @@ class SiteProcesses:
     sockets: Path | None = None
     worker: Process | None = None
     node: Process | None = None
+    runner: Process | None = None
 
     def start(self) -> SiteProcesses:
-        """Starts both. The socket lies in a short path of its own: the system limits its length."""
+        """Starts all. The socket lies in a short path of its own: the system limits its length."""
         self.sockets = channel.prepare(Path(tempfile.mkdtemp(prefix="fedlora-")))
         self.start_worker()
         self.start_node()
@@ -186,13 +187,23 @@ class SiteProcesses:
         self.worker = Process("worker", words, self.folder / "logs" / "worker.log", dict(os.environ)).start()
 
     def start_node(self) -> None:
-        """Starts the SuperNode."""
+        """Starts the SuperNode with its runner."""
         self.port = free_port()
         config = f'site="{self.folder.name}" sockets="{self.sockets}"'
         words = ["flower-supernode", *self.secure, "--superlink", self.superlink, "--node-config", config]
-        words += ["--host", HOST, "--port", str(self.port)]
+        words += ["--host", HOST, "--port", str(self.port), "--isolation", "process"]
+        words += ["--superexec-auth-secret-file", f"{self.sockets}/{channel.SECRET}"]
         log = self.folder / "logs" / "supernode.log"
         self.node = Process("SuperNode", words, log, environment(self.folder / "flower")).start()
+        self.start_runner()
+
+    def start_runner(self) -> None:
+        """Starts the runner."""
+        if self.runner is not None:
+            self.runner.stop()
+        words = [sys.executable, "-m", "fedlora.engines.flower.runner", f"{HOST}:{self.port}", str(self.sockets)]
+        log = self.folder / "logs" / "runner.log"
+        self.runner = Process("runner", words, log, environment(self.folder / "flower")).start()
 
     def watch(self) -> None:
         """Starts again what has ended by itself."""
@@ -200,10 +211,12 @@ class SiteProcesses:
             self.start_worker()
         if self.node is not None and not self.node.running:
             self.start_node()
+        if self.runner is not None and not self.runner.running:
+            self.start_runner()
 
     def stop(self) -> None:
-        """Stops both and removes the socket."""
-        for process in (self.node, self.worker):
+        """Stops all and removes the socket."""
+        for process in (self.runner, self.node, self.worker):
             if process is not None:
                 process.stop()
         if self.sockets is not None:
