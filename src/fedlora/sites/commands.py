@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from fedlora.errors import UserError
 
@@ -67,6 +68,14 @@ def site_check(
         raise UserError(f"{folder}: {bad} of the checks failed", "see the lines above")
 
 
+@site.command("start")
+def site_start(folder: SiteFolder) -> None:
+    """Take part in what the server runs, until stopped; prints what leaves."""
+    from fedlora.engines.flower.deployed import attend
+
+    attend(folder, typer.echo)
+
+
 @server.command("init")
 def server_init(
     host: Annotated[list[str], typer.Option(help="a name or address that sites dial; may be repeated")],
@@ -94,3 +103,34 @@ def server_allow(
     from fedlora.sites import keys
 
     typer.echo(f"wrote {keys.allow(folder, key, name)}")
+
+
+@server.command("start")
+def server_start(
+    file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="the run file; [data] names columns and labels")],
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE")] = None,
+    sites: Annotated[int, typer.Option(help="how many sites must be there before the first round")] = 1,
+    host: Annotated[str, typer.Option(help="the address to listen on")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(help="the port that sites dial")] = 9092,
+    folder: ServerFolder = SERVER,
+    out: Annotated[Path | None, typer.Option(help="the run folder (default: FOLDER/runs/RUN)")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="no TLS, no keys: for trials on one machine")] = False,
+) -> None:
+    """Run a federation whose sites dial in; the same command goes on where it was stopped."""
+    from fedlora.engines.flower.deployed import serve
+    from fedlora.study.config import load
+    from fedlora.study.report import table
+
+    config = load(file, changes or [])
+    options = {"sites": sites, "host": host, "port": port, "insecure": insecure, "out": out}
+    result = serve(config, file.stem, folder, progress=True, **options)  # type: ignore[arg-type]
+    Console().print(table(result))
+
+
+@server.command("status")
+def server_status(folder: ServerFolder = SERVER) -> None:
+    """Say what the server is doing: sites, round, losses and refusals."""
+    from fedlora.engines.flower.deployed import status
+
+    for line in status(folder):
+        typer.echo(line)

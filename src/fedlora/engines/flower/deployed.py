@@ -33,7 +33,7 @@ from fedlora.study.run import Result
 
 CURRENT = "current.json"
 PORT = 9092
-LOOK = 0.5
+LOOK, SLOW = 0.5, 60.0
 Say = Callable[[str], None]
 
 
@@ -59,7 +59,8 @@ def serve(
     """
     if not insecure:
         require_valid(server)
-    folder = out or server / "runs" / name
+    server = server.resolve()  # its programs may be elsewhere
+    folder = (out or server / "runs" / name).resolve()
     if is_federated(folder):
         require_same(config, folder)
     else:
@@ -331,11 +332,11 @@ class SiteRun:
 
 
 WORTH = {
-    "worker": ("INFO fedlora", " INFO __main__", "WARNING", "ERROR"),
-    "supernode": ("WARN", "ERROR", "SuperNode ID", "401", "CERTIFICATE"),
+    "worker": ("INFO fedlora", "WARNING", "ERROR"),
+    "supernode": ("retrying", "ERROR", "SuperNode ID", "[code:", "CERTIFICATE_VERIFY"),
 }
 HINTS = {
-    "401": "the server does not know this site's key: send it site.pub (fedlora server allow)",
+    "[code: 2004]": "the server does not know this site's key: it needs site.pub (fedlora server allow), and a restart",
     "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not accepted: fedlora site check says why",
 }
 
@@ -352,14 +353,16 @@ def attend(folder: Path, say: Say) -> None:
     with stoppable(f"stopped; start again with: fedlora site start {folder}"):
         processes = run.start()
         say(f"site {site.name} dials {site.server.address}; it allows {allowed_text(site)}")
-        wait = LOOK
+        wait, since = LOOK, time.monotonic()
         try:
             while True:
-                ended = processes.node is not None and not processes.node.running
                 run.look()
-                wait = min(wait * 2, 30.0) if ended else LOOK  # a server that refuses is not asked in a hurry
-                time.sleep(wait)
+                if processes.node is not None and not processes.node.running:  # refused: not to be asked in a hurry
+                    wait = min(wait * 2, SLOW) if time.monotonic() < since + SLOW else LOOK
+                    time.sleep(wait)
+                    since = time.monotonic()
                 processes.watch()
+                time.sleep(LOOK)
         finally:
             processes.stop()
 

@@ -92,7 +92,7 @@ class Door:
         assert self.client is not None
         content = b"".join([part async for part in body])
         async with self.client.stream("POST", self.target + path, headers=headers, content=content) as found:
-            if found.status_code in (401, 403, 413):
+            if 400 <= found.status_code < 500:
                 log.warning("refused %s: %s: %d", who, path, found.status_code)
             kept = [(name, value) for name, value in found.headers.raw if name.lower() not in HOP]
             await send({"type": "http.response.start", "status": found.status_code, "headers": kept})
