@@ -129,8 +129,8 @@ class GridFleet:
             self._push(node, HELLO, 0, self.hello.plain(), self.patience.join)
         return here
 
-    def _greeted(self, node: int, presence: Presence) -> None:
-        """A node has introduced itself."""
+    def _greeted(self, node: int, presence: Presence) -> list[Site]:
+        """A node has introduced itself: its site, or none if it does not take part."""
         taken = {name: site.name for site in self.sites.values() for name in site.clients if site.name != presence.site}
         reason = presence.refused or next(
             (f"client {c.id!r} is at site {taken[c.id]!r} already" for c in presence.clients if c.id in taken), ""
@@ -143,13 +143,14 @@ class GridFleet:
             self.refused[node] = reason
             log.warning("site %r (node %d) does not take part: %s", presence.site, node, reason)
             self.say({"event": "refused", "site": presence.site, "reason": reason})
-            return
+            return []
         names = tuple(client.id for client in presence.clients)
         self.sites[presence.site] = Site(presence.site, node, names)
         self.clients.update({client.id: client for client in presence.clients})
         self.strangers |= presence.strangers
         log.info("site %r (node %d) is there with %d clients", presence.site, node, len(names))
         self.say({"event": "joined", "site": presence.site, "clients": len(names)})
+        return [self.sites[presence.site]]
 
     def flush(self) -> None:
         """Sites make memories durable before they answer."""
@@ -224,19 +225,15 @@ class GridFleet:
                 continue
             try:
                 body = self._read(message, question)
+                if question.header.kind == HELLO:
+                    back += self._greeted(question.node, Presence.from_plain(body))
+                else:
+                    found += [answer for answer in answers_of(body) if answer.client in question.clients]
             except ValueError as problem:
                 log.warning("the answer of node %d is refused: %s", question.node, problem)
                 found += [Answer(name, None, str(problem)) for name in question.clients]
                 if question.header.kind == HELLO:
                     self.refused[question.node] = str(problem)
-                continue
-            if question.header.kind == HELLO:
-                presence = Presence.from_plain(body)
-                self._greeted(question.node, presence)
-                if question.node not in self.refused:
-                    back.append(self.sites[presence.site])
-            else:
-                found += [answer for answer in answers_of(body) if answer.client in question.clients]
         return back, found
 
     def _read(self, message: Message, question: Question) -> Any:

@@ -189,8 +189,8 @@ class SiteProcesses:
     def start_node(self) -> None:
         """Starts the SuperNode with its runner."""
         self.port = free_port()
-        config = f'site="{self.folder.name}" sockets="{self.sockets}"'
-        words = ["flower-supernode", *self.secure, "--superlink", self.superlink, "--node-config", config]
+        words = ["flower-supernode", *self.secure, "--superlink", self.superlink]
+        words += ["--node-config", f'sockets="{self.sockets}"']
         words += ["--host", HOST, "--port", str(self.port), "--isolation", "process"]
         words += ["--superexec-auth-secret-file", f"{self.sockets}/{channel.SECRET}"]
         log = self.folder / "logs" / "supernode.log"
