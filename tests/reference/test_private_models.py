@@ -20,8 +20,8 @@ from fedlora.algorithms.fml import FML, Mutual
 from fedlora.algorithms.lg_fedavg import LGFedAvg
 from fedlora.algorithms.pfedlora import Both, Mix, PFedLoRA
 from fedlora.algorithms.standalone import Standalone
+from fedlora.federation.admission import fits
 from fedlora.federation.orders import Batch, Features, Outputs
-from fedlora.federation.rounds import fits
 from fedlora.federation.spec import Extras
 from reference.fake import SITES, SPEC, Fake, array, client, close, dense, local, train
 

@@ -98,7 +98,9 @@ def fault(
     if set(update.arrays) != set(expected):
         return Refusal("names", f"names differ: {_few(sorted(set(update.arrays) ^ set(expected)))}")
     for name, shape in expected.items():
-        if problem := _wrong(name, update.arrays[name], shape, dtype) or _rank(name, update.arrays, client):
+        if problem := _wrong(name, update.arrays[name], shape, dtype):
+            return problem
+        if (shape is None or -1 in shape) and (problem := _rank(name, update.arrays, client)):
             return problem
     if max_norm is not None and (found := norm(update.arrays)) > max_norm:
         return Refusal("norm", f"the norm {found:.6g} is above the limit {max_norm:.6g}")
