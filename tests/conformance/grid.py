@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import Error, Message
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
@@ -97,7 +97,10 @@ def node(resident: Resident) -> Node:
 
     def answer(message: Message) -> Message:
         header = header_of(message.content)
-        body = resident.answer(header.kind, header.run, decode(frame_of(message.content)), lambda: None)
+        try:
+            body = resident.answer(header.kind, header.run, decode(frame_of(message.content)), lambda: None)
+        except LookupError as problem:  # the worker says that it failed
+            return Message(Error(1, str(problem)), reply_to=message)
         return Message(pack(header, encode(body)), reply_to=message)
 
     return answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from fedlora.errors import UserError
 from fedlora.federation.admission import Limits
 from fedlora.federation.algorithm import Reply, Request
 from fedlora.federation.rounds import rounds
-from fedlora.federation.wire import decode, encode
+from fedlora.federation.wire import decode, encode, same
 
 QUICK = Patience(deadline=0.3, quorum=0.5, join=2.0, sites=3, poll=0.01)
 
@@ -192,7 +193,7 @@ def test_what_is_too_large_or_unreadable_is_refused(
     altered(fleet, lambda message: [wrong(message, [{"client": 3}])])
     with caplog.at_level(logging.WARNING, "fedlora"):
         assert not replies(fleet, requests(toys, 2))["c0"]
-    assert "client is no text" in caplog.text
+    assert "cost is no table" in caplog.text
 
 
 def test_a_site_that_fails_is_lost_with_its_reason(toys: Fleet, tmp_path: Path) -> None:
@@ -307,3 +308,42 @@ def test_hello_travels() -> None:
     arrived = Hello.from_plain(decode(encode(HELLO.plain())))
     assert arrived.config == HELLO.config
     assert (arrived.terms.labels, arrived.terms.most) == (("red",), {"fc1": 4})
+
+
+# ---------------------------------------------------------------- what does not travel twice
+
+
+def trained(fleet: Any, toys: Fleet, total: int = 4) -> list[Any]:
+    return list(rounds(toys.algorithm, toys.spec, fleet, total=total, seed=0))
+
+
+def test_what_lasts_travels_once(tmp_path: Path) -> None:
+    """FLoRA changes the base every round: a site keeps the changes, and the numbers are the simulator's."""
+    toys, alone = world("flora", count=3), world("flora", count=3)
+    fleet = federation(toys, tmp_path, replace(QUICK, deadline=30.0))
+    sizes: list[int] = []
+    push, grid = fleet.grid.push_messages, fleet.grid
+
+    def counted(messages: Any) -> Any:
+        sizes.extend(len(frame_of(m.content)) for m in messages if header_of(m.content).kind == "ask")
+        return push(messages)
+
+    grid.push_messages = counted  # type: ignore[method-assign]
+    there, here = trained(fleet, toys), trained(alone, alone)
+    assert same(there[-1].checkpoint, here[-1].checkpoint)
+    counts = [report.bytes["down"] for report in there[1:]]
+    assert counts == [report.bytes["down"] for report in here[1:]]
+    wire = [sum(sizes[i : i + 3]) for i in range(0, 12, 3)]
+    overhead = wire[0] - counts[0]  # names and numbers of three requests
+    assert all(abs(seen - count - overhead) < 1000 for seen, count in zip(wire, counts))
+
+
+def test_a_site_that_lost_what_it_kept_is_sent_all_of_it(tmp_path: Path) -> None:
+    toys = world("flora", count=3)
+    fleet = federation(toys, tmp_path, replace(QUICK, deadline=30.0))
+    lost = []
+    for report in rounds(toys.algorithm, toys.spec, fleet, total=4, seed=0):
+        lost.append(report.lost)
+        if report.round == 2:
+            shutil.rmtree(tmp_path / "site-1" / "held")
+    assert lost == [(), (), (), ("c1",), ()]

@@ -193,3 +193,96 @@ def test_equals_the_simulator(system: str, tmp_path: Path) -> None:
     assert said[0] == said[1]
     done("export", tmp_path / "there", "--client", "1", "--to", tmp_path / "exported")
     assert done("predict", tmp_path / "exported", "--text", text) == said[0]
+
+
+# ---------------------------------------------------------------- failure is a normal input
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(run file, its run folder in the simulator): FDLoRA, whose clients have memories."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    file = world(folder / "world", "fdlora", rounds=4)
+    done("run", file, "--out", folder / "run")
+    return file, folder / "run"
+
+
+def equal(one: Path, other: Path) -> None:
+    assert adapters(one) == adapters(other)
+    assert scores(one)["personal"] == scores(other)["personal"]
+    assert [line["round"] for line in lines(one)] == [0, 1, 2, 3, 4]
+
+
+def test_server_killed_in_a_round(undisturbed: tuple[Path, Path], tmp_path: Path, running: Any) -> None:
+    file, straight = undisturbed
+    run = running(file, tmp_path / "run")
+    run.asked(2)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    os.kill(status["pid"], signal.SIGKILL)
+    run.finish()
+    assert "the server has ended" in run.text
+    equal(tmp_path / "run", straight)
+
+
+def test_superlink_killed_in_a_round(undisturbed: tuple[Path, Path], tmp_path: Path, running: Any) -> None:
+    """Its state is in a file: the sites come back by themselves."""
+    file, straight = undisturbed
+    run = running(file, tmp_path / "run")
+    run.asked(2)
+    run.kill("flower-superlink")
+    run.finish()
+    assert "the SuperLink has ended" in run.text
+    equal(tmp_path / "run", straight)
+
+
+def test_site_killed_in_a_round(undisturbed: tuple[Path, Path], tmp_path: Path, running: Any) -> None:
+    """Everything of a site is ended; it comes back with its memories and is asked again."""
+    file, straight = undisturbed
+    run = running(file, tmp_path / "run")
+    run.asked(2)
+    everything = named(children(run.process.pid), "python")
+    node = next(pid for pid in named(everything, "flower-supernode") if opened(pid, "site-2"))
+    worker = next(pid for pid in named(everything, "flower.worker") if named([pid], "site-2"))
+    runner = next(pid for pid in named(everything, "flower.runner") if opened(pid, "site-2"))
+    for pid in (node, worker, runner):
+        os.kill(pid, signal.SIGKILL)
+    run.finish()
+    equal(tmp_path / "run", straight)
+    log = (tmp_path / "run" / "sites" / "site-2" / "logs" / "worker.log").read_text()
+    assert log.count("is ready") == 2
+
+
+def opened(pid: int, place: str) -> bool:
+    """Whether a process writes to a file in a folder."""
+    return f"/{place}/" in os.readlink(f"/proc/{pid}/fd/1")
+
+
+def test_hanging_site_is_left_behind(tmp_path: Path, running: Any) -> None:
+    file = world(tmp_path / "world", "fedit", rounds=3)
+    run = running(file, tmp_path / "run", "--set", "engine.deadline=12")
+    run.round(1)
+    stopped = named(children(run.process.pid), "flower.worker", "site-2")
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    run.round(2)
+    for pid in stopped:
+        os.kill(pid, signal.SIGCONT)
+    run.finish()
+    assert lines(tmp_path / "run")[2]["lost"] == ["1", "3"]
+    assert "left behind" in (tmp_path / "run" / "run.log").read_text()
+    assert set(json.loads((tmp_path / "run" / "summary.json").read_text())["personal"]["per_client"]) >= {"0", "2"}
+
+
+def test_ctrl_c_stops_everything_and_resume_goes_on(
+    undisturbed: tuple[Path, Path], tmp_path: Path, running: Any
+) -> None:
+    file, straight = undisturbed
+    run = running(file, tmp_path / "run")
+    run.asked(2)
+    started = children(run.process.pid)
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(60) == 130
+    assert "fedlora resume" in run.text
+    until(lambda: not named(started, "fedlora") and not named(started, "flower"), 20)
+    done("resume", tmp_path / "run")
+    equal(tmp_path / "run", straight)

@@ -16,7 +16,7 @@ from typing import Any
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedlora.engines.flower.messages import ASK, HELLO, Answer, Hello, Presence, answers_of, request_plain
+from fedlora.engines.flower.messages import ASK, HELLO, Answer, Hello, Presence, answers_of, lasting, request_plain
 from fedlora.engines.flower.records import Header, frame_of, header_of, pack, size_of
 from fedlora.errors import UserError
 from fedlora.federation.admission import Limits, oversized
@@ -47,12 +47,13 @@ class Patience:
 @dataclass(eq=False)
 class Site:
     """A site that has introduced itself. ``node``: Flower's number of its SuperNode; ``silent``: it missed a deadline
-    and has not been heard since."""
+    and has not been heard since; ``held``: arrays that it keeps and need not travel again."""
 
     name: str
     node: int
     clients: tuple[str, ...]
     silent: bool = False
+    held: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Question:
     node: int
     sent: float
     clients: tuple[str, ...] = ()
+    lasting: frozenset[str] = frozenset()
 
 
 Say = Callable[[Mapping[str, Any]], None]
@@ -201,17 +203,29 @@ class GridFleet:
         self._leave_behind(round, set(waiting))
 
     def _send(self, site: Site, requests: Mapping[str, Request], seconds: float) -> int:
-        body = [request_plain(name, request, name in self.write) for name, request in requests.items()]
+        held, body = site.held, list[Any]()
+        for name, request in requests.items():
+            body.append(request_plain(name, request, name in self.write, held))
+            held |= lasting(request.payload)  # the site's next client finds it there
         round = next(iter(requests.values())).round
-        self._push(site.node, ASK, round, body, seconds, tuple(requests))
+        self._push(site.node, ASK, round, body, seconds, tuple(requests), held)
         return round
 
-    def _push(self, node: int, kind: str, round: int, body: Any, seconds: float, clients: tuple[str, ...] = ()) -> None:
+    def _push(
+        self,
+        node: int,
+        kind: str,
+        round: int,
+        body: Any,
+        seconds: float,
+        clients: tuple[str, ...] = (),
+        kept: frozenset[str] = frozenset(),
+    ) -> None:
         header = Header(secrets.token_hex(16), kind, self.hello.run_id, round, float(seconds))
         message = Message(pack(header, encode(body)), node, "query", ttl=seconds + GRACE)
         for id in self.grid.push_messages([message]):
             if id:
-                self.asked[id] = Question(header, node, time.monotonic(), clients)
+                self.asked[id] = Question(header, node, time.monotonic(), clients, kept)
 
     def _hear(self, kinds: set[str]) -> tuple[list[Site], list[Answer]]:
         """What has come: the sites that introduced themselves, and answers."""
@@ -229,12 +243,20 @@ class GridFleet:
                     back += self._greeted(question.node, Presence.from_plain(body))
                 else:
                     found += [answer for answer in answers_of(body) if answer.client in question.clients]
+                    self._holds(question.node, question.lasting)
             except ValueError as problem:
                 log.warning("the answer of node %d is refused: %s", question.node, problem)
                 found += [Answer(name, None, str(problem)) for name in question.clients]
+                self._holds(question.node, frozenset())
                 if question.header.kind == HELLO:
                     self.refused[question.node] = str(problem)
         return back, found
+
+    def _holds(self, node: int, names: frozenset[str]) -> None:
+        """What a site has acknowledged; after a failure everything is sent again."""
+        for site in self.sites.values():
+            if site.node == node:
+                site.held = names
 
     def _read(self, message: Message, question: Question) -> Any:
         """The body of an answer; ValueError where it does not belong to the question."""

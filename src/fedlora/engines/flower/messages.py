@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -96,16 +96,32 @@ class Presence:
 # -- ask
 
 
-def request_plain(client: str, request: Request, write: bool = False) -> dict[str, Any]:
-    """One client's request. ``write``: the site keeps the deployed model that it scores as an adapter's folder."""
+def lasting(payload: Mapping[str, Any]) -> frozenset[str]:
+    """The names of what never changes again, "ROUND:NAME" (see ``rounds.unheld``): a site keeps it.
+
+    >>> lasting({"q/A": 0, "000001:q/A": 1})
+    frozenset({'000001:q/A'})
+    """
+    return frozenset(name for name in payload if name.partition(":")[0].isdigit())
+
+
+def request_plain(client: str, request: Request, write: bool = False, held: Collection[str] = ()) -> dict[str, Any]:
+    """One client's request. ``write``: the site keeps the deployed model that it scores as an adapter's folder;
+    ``held``: names of the payload that the site holds already."""
     judge = None if request.judge is None else request.judge.plain()
-    return {**vars(request), "judge": judge, "splits": list(request.splits), "client": client, "write": write}
+    payload = {name: None if name in held else value for name, value in request.payload.items()}
+    fields = {**vars(request), "judge": judge, "splits": list(request.splits), "payload": payload}
+    return {**fields, "client": client, "write": write}
 
 
-def request_of(value: Any) -> tuple[str, Request, bool]:
-    """(client, request, write)."""
+def request_of(value: Any, kept: Callable[[str, Tensor | None], Tensor]) -> tuple[str, Request, bool]:
+    """(client, request, write). ``kept``: keeps what lasts, and gives back what does not travel twice (None)."""
     found = dict(_table(value, "request"))
     client, write = _text(found.pop("client", None), "client"), bool(found.pop("write", False))
+    found["payload"] = {
+        name: kept(name, array) if lasting({name: array}) else array
+        for name, array in _table(found.get("payload"), "payload").items()
+    }
     if set(found) != set(Request.__dataclass_fields__) or found["kind"] not in KINDS:
         raise Unreadable(f"a request of kind {found.get('kind')!r} with {sorted(found)}")
     judge = None if found["judge"] is None else Model.from_plain(found["judge"])

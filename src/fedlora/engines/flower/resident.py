@@ -6,8 +6,11 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from fedlora.engines.flower.messages import ASK, HELLO, Answer, Cost, Hello, Presence, Unreadable, request_of
 from fedlora.engines.flower.ready import Ready, ready, site_name
@@ -111,9 +114,23 @@ class Resident:
 
     # -- ask
 
+    def kept(self, run: str, name: str, array: Tensor | None) -> Tensor:
+        """Keeps an array that never changes again, or (None) finds it: LookupError where it is gone."""
+        file = self.folder / "held" / quoted(run) / f"{quoted(name)}.safetensors"
+        if array is None:
+            if not file.exists():
+                raise LookupError(f"{file} is gone")
+            return decode(file.read_bytes())["array"]
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_suffix(".tmp")
+            temporary.write_bytes(encode({"array": array}))
+            temporary.replace(file)
+        return array
+
     def ask(self, run: str, body: Any, stop: Stop) -> list[Answer]:
         """Every client's answer. What went wrong at one is its problem; the others go on."""
-        asked = [request_of(one) for one in body]
+        asked = [request_of(one, partial(self.kept, run)) for one in body]
         try:
             here = self.known(run)
         except UserError as problem:
