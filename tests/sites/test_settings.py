@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,13 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-@given(st.text(max_size=20), st.text(max_size=20))
-def test_the_template_holds_whatever_it_was_given(train: str, column: str) -> None:
-    import tomllib
-
-    value = tomllib.loads(template("north", "h:9092", train, {"text": column, "label": "y"}))
-    site = SiteSettings.model_validate(value)
+@given(
+    st.text(max_size=20), st.text(max_size=20), st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3)
+)
+def test_the_template_holds_whatever_it_was_given(train: str, column: str, labels: dict[str, str]) -> None:
+    text = template("north", "h:9092", train, {"text": column, "label": "y"}, labels=labels, rank=3)
+    site = SiteSettings.model_validate(tomllib.loads(text))
+    assert (site.data.labels, site.resources.rank) == (labels, 3)
     assert (site.name, site.data.train, site.data.text, site.data.label) == ("north", train, column, "y")
 
 

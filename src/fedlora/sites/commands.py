@@ -37,6 +37,10 @@ def site_init(
     prompt: Annotated[str | None, typer.Option(help="its column of prompts (language models)")] = None,
     response: Annotated[str | None, typer.Option(help="its column of responses")] = None,
     image: Annotated[str | None, typer.Option(help="its column of images")] = None,
+    names: Annotated[
+        list[str] | None, typer.Option("--map", metavar="OWN=RUN", help="own label name = the run's; may be repeated")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="the largest rank this site trains (default: the run's)")] = None,
     folder: Annotated[Path | None, typer.Option(help="where to write (default: NAME)")] = None,
 ) -> None:
     """Make a site's key pair and its site.toml."""
@@ -45,7 +49,13 @@ def site_init(
     given = {"text": text, "label": label, "prompt": prompt, "response": response, "image": image}
     columns = {key: value for key, value in given.items() if value is not None}
     place = folder or Path(name)
-    for file in keys.site_init(place, name, address, ca=ca, train=train, columns=columns or None):
+    pairs = [one.partition("=") for one in names or ()]
+    if wrong := [one for one, (own, mark, target) in zip(names or (), pairs) if not (own and mark and target)]:
+        raise UserError(f"--map {wrong[0]!r}: not of the form OWN=RUN", "for example --map gut=benign")
+    labels = {own: target for own, _, target in pairs}
+    for file in keys.site_init(
+        place, name, address, ca=ca, train=train, columns=columns or None, labels=labels, rank=rank
+    ):
         typer.echo(f"wrote {file}")
     typer.echo(f"next: send {place / keys.SITE_PUBLIC} to the server, look through {place / 'site.toml'}, then")
     typer.echo(f"      fedlora site check {place}")

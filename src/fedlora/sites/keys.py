@@ -10,7 +10,7 @@ import datetime
 import ipaddress
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedlora.errors import UserError
@@ -162,14 +162,17 @@ def site_init(
     *,
     ca: Path | None = None,
     train: str = "train.csv",
-    columns: dict[str, str] | None = None,
+    columns: Mapping[str, str] | None = None,
+    labels: Mapping[str, str] | None = None,
+    rank: int | None = None,
 ) -> list[Path]:
     """Makes a site's key pair and its commented ``site.toml``; copies the server's ``ca.pem`` where it is given.
 
     Returns the files written. Raises UserError rather than overwrite a key or a ``site.toml``.
     """
     settings.require_name(name)
-    text = settings.template(name, address, train, columns or {"text": "text", "label": "label"})
+    columns = columns or {"text": "text", "label": "label"}
+    text = settings.template(name, address, train, columns, labels=labels, rank=rank)
     settings.parse_text(text, settings.FILE)
     for file in (SITE_KEY, settings.FILE):
         _absent(folder / file, "use another folder, or remove it first")

@@ -213,11 +213,10 @@ key = "site.key"
 train = {train}            # .csv, .tsv, .jsonl, .parquet or a folder; paths start at this file
 # test = "test.csv"        # without it, a fifth of the examples is kept for testing
 {columns}
-# [data.labels]            # where this site's label names differ from the run's: own = the run's
-# "gut" = "benign"
+{labels}
 
 [resources]
-# rank = 4                 # the largest rank this site trains, or:
+{rank}                # the largest rank this site trains, or:
 # memory = "8 GB"          # from which the rank follows
 device = "auto"            # "cpu", "cuda", "cuda:1"
 
@@ -235,11 +234,31 @@ rounds = 1000              # of one run
 """
 
 
-def template(name: str, address: str, train: str, columns: Mapping[str, str]) -> str:
+LABELS = """\
+# [data.labels]            # where this site's label names differ from the run's: own = the run's
+# "gut" = "benign\""""
+
+
+def template(
+    name: str,
+    address: str,
+    train: str,
+    columns: Mapping[str, str],
+    *,
+    labels: Mapping[str, str] | None = None,
+    rank: int | None = None,
+) -> str:
     """A commented ``site.toml``."""
 
     def quoted(text: str) -> str:
         return tomli_w.dumps({"x": text}).removeprefix("x = ").strip()
 
-    shown = "\n".join(f"{key} = {quoted(value)}" for key, value in columns.items())
-    return TEMPLATE.format(name=quoted(name), address=quoted(address), train=quoted(train), columns=shown)
+    pairs = [f"{quoted(own)} = {quoted(target)}" for own, target in (labels or {}).items()]
+    return TEMPLATE.format(
+        name=quoted(name),
+        address=quoted(address),
+        train=quoted(train),
+        columns="\n".join(f"{key} = {quoted(value)}" for key, value in columns.items()),
+        labels="\n".join(["[data.labels]            # own = the run's", *pairs]) if pairs else LABELS,
+        rank="# rank = 4" if rank is None else f"rank = {rank}  ",
+    )

@@ -1,0 +1,335 @@
+"""docs/federation.md followed literally, each machine in a network namespace of its own; and who is not let in."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flwr")
+pytestmark = pytest.mark.slow
+PAGE = Path(__file__).parents[2] / "docs" / "federation.md"
+ADDRESSES = {"fed": "10.77.0.1", "north": "10.77.0.2", "south": "10.77.0.3"}
+NAMES = {"fed": "fed.example.org"}
+DELAY = ("delay", "10ms", "loss", "0.5%")
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+def why_not() -> str:
+    """Why this machine cannot have network namespaces; empty where it can."""
+    if sys.platform != "linux" or shutil.which("ip") is None:
+        return "network namespaces need Linux and iproute2"
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    probe = f"fl{os.getpid()}p"
+    try:
+        ip("netns", "add", probe)
+        try:
+            ip("-n", probe, "link", "add", "name", "one", "type", "veth", "peer", "name", "two")
+        finally:
+            ip("netns", "del", probe)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"this machine does not allow network namespaces: {getattr(error, 'stderr', error)}"
+    return ""
+
+
+@dataclass
+class Machines:
+    """Namespaces on a bridge in a namespace of its own, each with a folder, an address and the others' names."""
+
+    root: Path
+    tag: str = field(default_factory=lambda: f"fl{os.getpid()}")
+    running: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    slowed: bool = False
+
+    def start(self) -> None:
+        hub = f"{self.tag}-hub"
+        ip("netns", "add", hub)
+        ip("-n", hub, "link", "add", "name", "bridge", "type", "bridge")
+        ip("-n", hub, "link", "set", "bridge", "up")
+        for name, address in ADDRESSES.items():
+            space = self.space(name)
+            ip("netns", "add", space)
+            ip("-n", hub, "link", "add", "name", f"to-{name}", "type", "veth", "peer", "name", "eth0", "netns", space)
+            ip("-n", hub, "link", "set", f"to-{name}", "master", "bridge", "up")
+            ip("-n", space, "address", "add", f"{address}/24", "dev", "eth0")
+            for device in ("lo", "eth0"):
+                ip("-n", space, "link", "set", device, "up")
+            words = ["ip", "netns", "exec", space, "tc", "qdisc", "add", "dev", "eth0", "root", "netem", *DELAY]
+            self.slowed = subprocess.run(words, capture_output=True).returncode == 0
+            hosts = Path("/etc/netns") / space / "hosts"
+            hosts.parent.mkdir(parents=True)
+            hosts.write_text(f"127.0.0.1 localhost\n{ADDRESSES['fed']} {NAMES['fed']}\n")
+            self.folder(name).mkdir()
+        copy = self.root / "bin" / "scp"  # the one stand-in: machines are folders here
+        copy.parent.mkdir()
+        copy.write_text(f'#!/bin/sh\nexec cp "$1" "{self.root}/${{2%%:*}}/${{2#*:}}"\n')
+        copy.chmod(0o755)
+
+    def space(self, name: str) -> str:
+        return f"{self.tag}-{name}"
+
+    def folder(self, name: str) -> Path:
+        return self.root / name
+
+    def environment(self) -> dict[str, str]:
+        path = [str(self.root / "bin"), os.path.dirname(sys.executable), os.environ["PATH"]]
+        quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "200"}
+        return {**os.environ, **quiet, "PATH": os.pathsep.join(path)}
+
+    def words(self, name: str, command: str) -> list[str]:
+        return [
+            "ip",
+            "netns",
+            "exec",
+            self.space(name),
+            "sh",
+            "-ec",
+            f"cd {shlex.quote(str(self.folder(name)))}\n{command}",
+        ]
+
+    def run(self, name: str, command: str, seconds: float = 240) -> str:
+        done = subprocess.run(
+            self.words(name, command),
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            stdin=subprocess.DEVNULL,
+        )
+        assert done.returncode == 0, f"{name}$ {command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def stay(self, name: str, command: str) -> subprocess.Popen[bytes]:
+        """A program of its own terminal: its output goes to COMMAND.log in the machine's folder."""
+        with self.log(name, command).open("wb") as out:
+            child = subprocess.Popen(
+                self.words(name, f"exec {command.strip()}"),
+                env=self.environment(),
+                stdout=out,
+                stderr=out,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self.running.append(child)
+        return child
+
+    def log(self, name: str, command: str) -> Path:
+        return self.folder(name) / (re.sub(r"\W+", "-", command.strip()) + ".log")
+
+    def stop(self) -> None:
+        for child in self.running:
+            child.send_signal(signal.SIGTERM)
+        for child in self.running:
+            try:
+                child.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+        for name in (*ADDRESSES, "hub"):
+            subprocess.run(["ip", "netns", "del", self.space(name)], capture_output=True)
+            shutil.rmtree(Path("/etc/netns") / self.space(name), ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
+    if reason := why_not():
+        pytest.skip(reason)
+    found = Machines(tmp_path_factory.mktemp("machines"))
+    try:
+        found.start()
+        yield found
+    finally:
+        found.stop()
+
+
+def blocks() -> list[tuple[str, list[str], str]]:
+    """(language, words after it, text) of every fenced block of the page that names a machine."""
+    found = re.findall(r"^```(\w+) ([^\n]+)\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
+    return [(language, words.split(), text) for language, words, text in found]
+
+
+def data(machines: Machines) -> None:
+    """What the page says that the clinics have."""
+    draw = random.Random(0)
+    kind, harsh = ["calm", "mild", "clear", "steady"], ["grave", "severe", "acute", "rapid"]
+    for name, file, header, labels in (
+        ("north", "befunde.csv", "satz,urteil", ("gut", "schlecht")),
+        ("south", "notes.csv", "text,label", ("good", "bad")),
+    ):
+        lines = [header]
+        for i in range(60):
+            bad = draw.random() < 0.5
+            words = draw.sample(harsh if bad else kind, 2)
+            lines.append(f"case {i} of {name} was {words[0]} and {words[1]},{labels[bad]}")
+        (machines.folder(name) / file).write_text("\n".join(lines) + "\n")
+
+
+def until(what: str, seconds: float, held: object) -> None:
+    """Waits until ``held()`` is true."""
+    end = time.monotonic() + seconds
+    while not held():  # type: ignore[operator]
+        assert time.monotonic() < end, f"{what}: not within {seconds} s"
+        time.sleep(0.5)
+
+
+@pytest.fixture(scope="module")
+def walked(machines: Machines) -> dict[str, str]:
+    """The page, command by command; what the commands said, by command."""
+    data(machines)
+    said: dict[str, str] = {}
+    server: subprocess.Popen[bytes] | None = None
+    for language, (name, *how), text in blocks():
+        if language == "toml":
+            (machines.folder(name) / how[0]).write_text(text)
+            continue
+        if how == ["stays"]:
+            child = machines.stay(name, text)
+            if name == "fed":
+                server = child
+                log = machines.log(name, text)
+                until("the server listens", 90, lambda log=log: b"listening" in log.read_bytes())
+            continue
+        if how == ["ends"]:
+            assert server is not None
+            try:
+                assert server.wait(300) == 0
+            except (AssertionError, subprocess.TimeoutExpired):
+                logs = [f"== {f}\n{f.read_text(errors='replace')[-3000:]}" for f in machines.root.rglob("*.log")]
+                pytest.fail("\n".join(logs))
+        for command in text.strip().splitlines():
+            said[f"{name}$ {command}"] = machines.run(name, command)
+    return said
+
+
+def test_the_page_is_followed_to_its_end(machines: Machines, walked: dict[str, str]) -> None:
+    folder = machines.folder("fed") / "server" / "runs" / "run"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["rounds"], summary["clients"]) == (2, 2)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["round"], line["participants"], line["rejected"]) for line in lines[1:]] == [(1, 2, {}), (2, 2, {})]
+    for name in ("north", "south"):
+        check = walked[f"{name}$ fedlora site check {name} --run run.toml"]
+        assert "FAIL" not in check
+        assert check.count("pass") == 7
+        assert list((machines.folder(name) / name / "adapters" / "clients").iterdir())
+    assert "rank 4" in walked["north$ fedlora site check north --run run.toml"]
+    assert (
+        walked['fed$ fedlora predict model --text "a short note"'].strip() in ("good", "bad")
+        or walked['fed$ fedlora predict model --text "a short note"']
+    )
+
+
+def test_nothing_of_the_data_is_on_the_server_or_in_a_log(machines: Machines, walked: dict[str, str]) -> None:
+    for file in (f for f in machines.folder("fed").rglob("*") if f.is_file()):
+        content = file.read_bytes()
+        assert b"case 7 of" not in content, file
+        assert b"schlecht" not in content, file
+    for name in ("north", "south"):
+        for log in machines.folder(name).rglob("*.log"):
+            assert b"case 7 of" not in log.read_bytes(), log
+        shown = machines.log(name, f"fedlora site start {name}").read_text()
+        assert "leaves " in shown
+        assert "rounds" not in shown or "schlecht" not in shown
+
+
+def test_sites_only_dial_out(machines: Machines, walked: dict[str, str]) -> None:
+    if shutil.which("ss") is None:
+        pytest.skip("ss (iproute2) is not here")
+    for name in ("north", "south"):
+        listening = [line.split()[3] for line in machines.run(name, "ss -Hltn").splitlines()]
+        assert all(place.startswith(("127.0.0.1:", "[::1]:")) for place in listening), listening
+
+
+# ---------------------------------------------------------------- who is not let in
+
+
+@pytest.fixture(scope="module")
+def open_server(machines: Machines, walked: dict[str, str]) -> Iterator[None]:
+    """The same server again, for a longer run: it waits for its sites, which are still dialling."""
+    command = "fedlora server start run.toml --sites 2 --set training.rounds=4"
+    child = machines.stay("fed", command)
+    log = machines.log("fed", command)
+    until("the server listens", 90, lambda: b"listening" in log.read_bytes())
+    yield
+    child.send_signal(signal.SIGTERM)
+    child.wait(30)
+
+
+def started(machines: Machines, folder: str, seconds: float, *words: str) -> str:
+    """What a site that is started on north's machine says, until it says one of the words."""
+    child = machines.stay("north", f"fedlora site start {folder}")
+    log = machines.log("north", f"fedlora site start {folder}")
+    try:
+        until(f"{folder} says {words}", seconds, lambda: any(word in log.read_text(errors="replace") for word in words))
+    finally:
+        child.send_signal(signal.SIGTERM)
+        child.wait(30)
+    return log.read_text(errors="replace")
+
+
+def test_a_site_without_a_registered_key_stays_out(machines: Machines, open_server: None) -> None:
+    machines.run("north", "fedlora site init stranger --server fed.example.org:9092 --ca ca.pem --train ../befunde.csv")
+    shown = started(machines, "stranger", 90, "does not know this site's key")
+    assert "SuperNode ID" not in shown
+
+
+def test_a_wrong_authority_and_an_expired_certificate_are_refused(machines: Machines, open_server: None) -> None:
+    machines.run("north", "fedlora server init --host fed.example.org --folder elsewhere")
+    machines.run("north", "fedlora site init misled --server fed.example.org:9092 --ca elsewhere/ca.pem")
+    shown = started(machines, "misled", 90, "CERTIFICATE_VERIFY_FAILED")
+    assert "SuperNode ID" not in shown
+    check = subprocess.run(
+        machines.words("north", "fedlora site check misled"), env=machines.environment(), capture_output=True
+    )
+    assert b"FAIL  certificate" in check.stdout
+
+
+PROBE = """
+import ssl, sys, http.client
+context = ssl.create_default_context(cafile="ca.pem")
+def ask(path, body):
+    connection = http.client.HTTPSConnection("fed.example.org", 9092, context=context, timeout=60)
+    try:
+        connection.request("POST", path, body, {"content-type": "application/x-protobuf"})
+        return connection.getresponse().status
+    except (BrokenPipeError, ConnectionResetError, ssl.SSLError):
+        return "cut"
+def gigabyte():
+    for _ in range(1024):
+        yield bytes(1 << 20)
+print(ask("/v1/control/start-run", b""), ask("/v1/control/register-node", b""), ask("/v1/runtime/acquire-task", b""))
+print(ask("/v1/fleet/push-object", gigabyte()))
+"""
+
+
+def test_the_rest_of_flower_and_a_gigabyte_are_refused(machines: Machines, open_server: None) -> None:
+    (machines.folder("north") / "probe.py").write_text(PROBE)
+    others, gigabyte = machines.run("north", f"{shlex.quote(sys.executable)} probe.py").splitlines()
+    assert others == "404 404 404"
+    assert gigabyte in ("413", "cut")
+    door = (machines.folder("fed") / "server" / "door.log").read_text()
+    assert "/v1/control/start-run is not for the network" in door
+    assert "a request of more than" in door
+
+
+def test_and_the_run_went_on_unharmed(machines: Machines, open_server: None) -> None:
+    metrics = machines.folder("fed") / "server" / "runs" / "run" / "metrics.jsonl"
+    until("four rounds", 200, lambda: len(metrics.read_text().splitlines()) == 5)
+    last = json.loads(metrics.read_text().splitlines()[-1])
+    assert (last["round"], last["participants"], last["rejected"]) == (4, 2, {})
