@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -180,10 +180,10 @@ def data(machines: Machines) -> None:
         (machines.folder(name) / file).write_text("\n".join(lines) + "\n")
 
 
-def until(what: str, seconds: float, held: object) -> None:
-    """Waits until ``held()`` is true."""
+def until(what: str, seconds: float, held: Callable[[], bool]) -> None:
+    """Waits until it holds."""
     end = time.monotonic() + seconds
-    while not held():  # type: ignore[operator]
+    while not held():
         assert time.monotonic() < end, f"{what}: not within {seconds} s"
         time.sleep(0.5)
 
@@ -229,10 +229,7 @@ def test_the_page_is_followed_to_its_end(machines: Machines, walked: dict[str, s
         assert check.count("pass") == 7
         assert list((machines.folder(name) / name / "adapters" / "clients").iterdir())
     assert "rank 4" in walked["north$ fedlora site check north --run run.toml"]
-    assert (
-        walked['fed$ fedlora predict model --text "a short note"'].strip() in ("good", "bad")
-        or walked['fed$ fedlora predict model --text "a short note"']
-    )
+    assert walked['fed$ fedlora predict model --text "a short note"'].strip()
 
 
 def test_nothing_of_the_data_is_on_the_server_or_in_a_log(machines: Machines, walked: dict[str, str]) -> None:
@@ -243,9 +240,7 @@ def test_nothing_of_the_data_is_on_the_server_or_in_a_log(machines: Machines, wa
     for name in ("north", "south"):
         for log in machines.folder(name).rglob("*.log"):
             assert b"case 7 of" not in log.read_bytes(), log
-        shown = machines.log(name, f"fedlora site start {name}").read_text()
-        assert "leaves " in shown
-        assert "rounds" not in shown or "schlecht" not in shown
+        assert "leaves " in machines.log(name, f"fedlora site start {name}").read_text()
 
 
 def test_sites_only_dial_out(machines: Machines, walked: dict[str, str]) -> None:
@@ -262,7 +257,7 @@ def test_sites_only_dial_out(machines: Machines, walked: dict[str, str]) -> None
 @pytest.fixture(scope="module")
 def open_server(machines: Machines, walked: dict[str, str]) -> Iterator[None]:
     """The same server again, for a longer run: it waits for its sites, which are still dialling."""
-    command = "fedlora server start run.toml --sites 2 --set training.rounds=4"
+    command = "fedlora server start run.toml --sites 2 --set training.rounds=500"
     child = machines.stay("fed", command)
     log = machines.log("fed", command)
     until("the server listens", 90, lambda: b"listening" in log.read_bytes())
@@ -289,15 +284,37 @@ def test_a_site_without_a_registered_key_stays_out(machines: Machines, open_serv
     assert "SuperNode ID" not in shown
 
 
-def test_a_wrong_authority_and_an_expired_certificate_are_refused(machines: Machines, open_server: None) -> None:
+def test_a_wrong_authority_is_refused(machines: Machines, open_server: None) -> None:
     machines.run("north", "fedlora server init --host fed.example.org --folder elsewhere")
     machines.run("north", "fedlora site init misled --server fed.example.org:9092 --ca elsewhere/ca.pem")
     shown = started(machines, "misled", 90, "CERTIFICATE_VERIFY_FAILED")
     assert "SuperNode ID" not in shown
-    check = subprocess.run(
-        machines.words("north", "fedlora site check misled"), env=machines.environment(), capture_output=True
-    )
-    assert b"FAIL  certificate" in check.stdout
+    assert "FAIL  certificate" in checked(machines, "misled")
+
+
+def checked(machines: Machines, folder: str) -> str:
+    words = machines.words("north", f"fedlora site check {folder}")
+    return subprocess.run(words, env=machines.environment(), capture_output=True, text=True, timeout=120).stdout
+
+
+def test_an_expired_certificate_is_refused_at_both_ends(machines: Machines, open_server: None) -> None:
+    """A server does not start with one; and where one is shown nevertheless, no site goes in."""
+    machines.run("fed", "fedlora server init --host fed.example.org --folder old --days -1")
+    machines.run("fed", "cp north.pub old/allowed/north.pub; cp old/ca.pem ../north/old.pem")
+    words = machines.words("fed", "fedlora server start run.toml --folder old --port 9443")
+    done = subprocess.run(words, env=machines.environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "server.pem: expired on" in done.stderr
+    target = "--port 9443 --target https://127.0.0.1:1 --ca old/ca.pem --cert old/server.pem --key old/server.key"
+    door = f"{sys.executable} -m fedlora.engines.flower.door --host 0.0.0.0 {target}"
+    child = machines.stay("fed", door)
+    machines.run("north", "fedlora site init late --server fed.example.org:9443 --ca old.pem --train ../befunde.csv")
+    shown = started(machines, "late", 90, "CERTIFICATE_VERIFY_FAILED")
+    assert "certificate has expired" in shown
+    line = next(line for line in checked(machines, "late").splitlines() if "certificate" in line)
+    assert line.startswith("FAIL")
+    assert "expired" in line
+    child.send_signal(signal.SIGTERM)
 
 
 PROBE = """
@@ -330,6 +347,9 @@ def test_the_rest_of_flower_and_a_gigabyte_are_refused(machines: Machines, open_
 
 def test_and_the_run_went_on_unharmed(machines: Machines, open_server: None) -> None:
     metrics = machines.folder("fed") / "server" / "runs" / "run" / "metrics.jsonl"
-    until("four rounds", 200, lambda: len(metrics.read_text().splitlines()) == 5)
-    last = json.loads(metrics.read_text().splitlines()[-1])
-    assert (last["round"], last["participants"], last["rejected"]) == (4, 2, {})
+    before = len(metrics.read_text().splitlines())
+    assert before > 3  # beyond the rounds of the page
+    until("two more rounds", 120, lambda: len(metrics.read_text().splitlines()) >= before + 2)
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["round"] for line in lines] == list(range(len(lines)))
+    assert all((line["participants"], line["rejected"]) == (2, {}) for line in lines[1:])
