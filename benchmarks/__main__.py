@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub
 
-from benchmarks import communication, lanes, memory, startup
+from benchmarks import communication, flower, lanes, memory, startup
 from benchmarks.report import Report
 
 BENCHMARKS: dict[str, Callable[[bool], Report]] = {
@@ -16,6 +16,7 @@ BENCHMARKS: dict[str, Callable[[bool], Report]] = {
     "communication": communication.run,
     "memory": memory.run,
     "lanes": lanes.run,
+    "flower": flower.run,
 }
 
 

@@ -129,6 +129,10 @@ class Experiment:
 
         return Adapters(self)
 
+    def observed(self) -> Mapping[str, Any]:
+        """Nothing else is to be told of a round."""
+        return {}
+
     def spent(self) -> tuple[int, Mapping[str, float]]:
         """Client-steps so far, and floating-point operations by client."""
         return self.learner.steps, dict(self.learner.meter.clients)

@@ -93,6 +93,10 @@ class Host(Writes, Protocol):
         """Client-steps so far, and floating-point operations by client."""
         ...
 
+    def observed(self) -> Mapping[str, Any]:
+        """What else the round's line should tell."""
+        ...
+
     def evaluate(
         self, checkpoint: Mapping[str, Any], clients: Iterable[Client], deploy: Any = None
     ) -> dict[str, dict[str, Sums]]:

@@ -121,7 +121,7 @@ def _train(experiment: Host, saved: Mapping[str, Any] | None, progress: bool) ->
         checkpoint = saved
         for report, cost in _timed(reports, experiment):
             scores = _scores(experiment, report.checkpoint) if _due(report.round, config) else {}
-            line = _line(report, cost, scores)
+            line = {**_line(report, cost, scores), **experiment.observed()}
             files.append(folder / "metrics.jsonl", line)
             watched.done(line)
             checkpoint = {**report.checkpoint, **experiment.identity}

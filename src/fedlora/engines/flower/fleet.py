@@ -67,6 +67,16 @@ class Question:
     lasting: frozenset[str] = frozenset()
 
 
+@dataclass(eq=False)
+class Traffic:
+    """What a site did in a round: seconds of work, bytes of whole frames to it and from it, answers refused."""
+
+    seconds: float = 0.0
+    down: int = 0
+    up: int = 0
+    refused: int = 0
+
+
 Say = Callable[[Mapping[str, Any]], None]
 """Told what happens, for whoever watches."""
 
@@ -88,6 +98,7 @@ class GridFleet:
     strangers: set[str] = field(default_factory=set[str])
     asked: dict[str, Question] = field(default_factory=dict[str, Question])  # by Flower's message id
     refused: dict[int, str] = field(default_factory=dict[int, str])  # nodes that do not take part
+    traffic: dict[str, Traffic] = field(default_factory=dict[str, Traffic])
     steps: int = 0
     flops: dict[str, float] = field(default_factory=dict[str, float])
 
@@ -154,6 +165,16 @@ class GridFleet:
         self.say({"event": "joined", "site": presence.site, "clients": len(names)})
         return [self.sites[presence.site]]
 
+    def observed(self) -> dict[str, dict[str, float]]:
+        """What every site did since this was last asked for."""
+        seen, self.traffic = self.traffic, {}
+        return {name: dict(vars(one)) for name, one in sorted(seen.items())}
+
+    def _of(self, node: int) -> Traffic:
+        """The account of a node's site; of one that has not introduced itself, nobody's."""
+        name = next((site.name for site in self.sites.values() if site.node == node), None)
+        return Traffic() if name is None else self.traffic.setdefault(name, Traffic())
+
     def flush(self) -> None:
         """Sites make memories durable before they answer."""
 
@@ -196,7 +217,8 @@ class GridFleet:
                 del waiting[answer.client]
                 answered += answer.reply is not None
                 self._count(answer)
-                self.say({"event": "answered", "round": round, "client": answer.client, "problem": answer.problem})
+                said = {"client": answer.client, "problem": answer.problem, "seconds": answer.cost.seconds}
+                self.say({"event": "answered", "round": round, **said})
                 yield answer.client, answer.reply
             if not back and not found and waiting:
                 time.sleep(self.patience.poll)
@@ -222,7 +244,9 @@ class GridFleet:
         kept: frozenset[str] = frozenset(),
     ) -> None:
         header = Header(secrets.token_hex(16), kind, self.hello.run_id, round, float(seconds))
-        message = Message(pack(header, encode(body)), node, "query", ttl=seconds + GRACE)
+        frame = encode(body)
+        self._of(node).down += len(frame)
+        message = Message(pack(header, frame), node, "query", ttl=seconds + GRACE)
         for id in self.grid.push_messages([message]):
             if id:
                 self.asked[id] = Question(header, node, time.monotonic(), clients, kept)
@@ -242,10 +266,13 @@ class GridFleet:
                 if question.header.kind == HELLO:
                     back += self._greeted(question.node, Presence.from_plain(body))
                 else:
-                    found += [answer for answer in answers_of(body) if answer.client in question.clients]
+                    own = [answer for answer in answers_of(body) if answer.client in question.clients]
+                    self._of(question.node).seconds += sum(answer.cost.seconds for answer in own)
+                    found += own
                     self._holds(question.node, question.lasting)
             except ValueError as problem:
                 log.warning("the answer of node %d is refused: %s", question.node, problem)
+                self._of(question.node).refused += 1
                 found += [Answer(name, None, str(problem)) for name in question.clients]
                 self._holds(question.node, frozenset())
                 if question.header.kind == HELLO:
@@ -269,7 +296,9 @@ class GridFleet:
             raise ValueError("it answers another question")
         if refusal := oversized(size_of(message.content), self.limits):
             raise ValueError(str(refusal))
-        return decode(frame_of(message.content))
+        frame = frame_of(message.content)
+        self._of(question.node).up += len(frame)
+        return decode(frame)
 
     def _count(self, answer: Answer) -> None:
         """Keeps account of what the sites' work took."""

@@ -123,6 +123,10 @@ class Federation:
         """What the sites say that they have done."""
         return self.fleet.steps, dict(self.fleet.flops)
 
+    def observed(self) -> Mapping[str, Any]:
+        """For the round's line: what each site did."""
+        return {"sites": self.fleet.observed()}
+
     def adapters(self) -> AtSites:
         """Sites write their own clients' adapters."""
         return AtSites()

@@ -82,7 +82,9 @@ def run(task: RuntimeHttpClient) -> None:
     try:
         message, context, _, _ = pull_task_input(task)
         try:
+            log.info("in: %s", message.metadata.message_id)
             reply = app(message, context)
+            log.info("out: %s", message.metadata.message_id)
             status = SubStatus.COMPLETED
         except Exception as problem:
             log.warning("a message could not be answered: %s", problem)
