@@ -15,7 +15,7 @@ from fedlora.sites import keys
 from fedlora.sites.check import Line, check
 from fedlora.study.config import RunConfig, load
 from sites.test_keys import listening
-from study.tiny import FILLERS, TOPICS, encoder
+from study.tiny import FILLERS, TOPICS, encoder, language_model
 
 WORDS = [word for topic in TOPICS.values() for word in topic]
 
@@ -151,3 +151,29 @@ def test_the_commands(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "server/allowed/north.pub" in call("server", "allow", "north/site.pub", "--name", "north")
     with pytest.raises(UserError, match="checks failed"):
         call("site", "check", "north")
+
+
+def test_a_model_of_the_site_s_own_and_a_language_model_are_tried(place: Path, tmp_path: Path) -> None:
+    encoder(tmp_path / "own")
+    (tmp_path / "run.toml").write_text(
+        (place / "run.toml").read_text().replace('"base"', f'"{place / "base"}"').replace("flexlora", "pfedlora")
+        + f'[clients]\nmodels = ["{place / "base"}"]\n'
+    )
+    changes = {'# own = "models/mine" ': f'own = "{tmp_path / "own"}" '}
+    found = by_name(check(made(place, tmp_path, 9, **changes), load(tmp_path / "run.toml")))
+    assert found["model"].ok
+    assert found["one local step"].ok, found["one local step"].said
+
+    language_model(tmp_path / "lm")
+    lines = [f'{{"q": "{FILLERS[i % 10]} {WORDS[i % 15]} ?", "a": "{WORDS[i % 7]}"}}' for i in range(60)]
+    (tmp_path / "qa.jsonl").write_text("\n".join(lines))
+    columns = {"prompt": "q", "response": "a"}
+    keys.site_init(tmp_path / "lms", "lms", "h:9", train=str(tmp_path / "qa.jsonl"), columns=columns)
+    (tmp_path / "lm.toml").write_text(
+        f'[model]\nname = "{tmp_path / "lm"}"\ntask = "causal-lm"\n[data]\nprompt = "p"\nresponse = "r"\n'
+        '[algorithm]\nname = "fedit"\n'
+    )
+    found = by_name(check(tmp_path / "lms", load(tmp_path / "lm.toml")))
+    assert found["data"].said.startswith("60 examples")
+    assert found["one local step"].ok, found["one local step"].said
+    assert not found["server"].ok
