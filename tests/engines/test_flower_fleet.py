@@ -63,6 +63,22 @@ def test_too_few_sites_is_an_error(toys: Fleet, tmp_path: Path) -> None:
         fleet.available(1)
 
 
+def test_a_server_started_again_waits_for_all_sites(toys: Fleet, tmp_path: Path) -> None:
+    fleet = federation(toys, tmp_path, replace(QUICK, join=10.0))
+    grid: Any = fleet.grid
+    looks = 0
+
+    def nodes() -> list[int]:
+        nonlocal looks
+        looks += 1
+        return [100, 101, 102] if looks > 5 else [100, 101]
+
+    grid.get_node_ids = nodes
+    assert [client.id for client in fleet.available(4)] == sorted(toys.clients)
+    fleet = federation(toys, tmp_path, replace(QUICK, sites=4, join=0.1))  # one of them never comes
+    assert [client.id for client in fleet.available(4)] == sorted(toys.clients)
+
+
 def hung(fleet: GridFleet, number: int = 100) -> Callable[[], None]:
     """A node stops answering; call the result to revive it."""
     grid: Any = fleet.grid

@@ -105,20 +105,27 @@ class GridFleet:
     # -- who is there
 
     def available(self, round: int) -> Sequence[Client]:
-        """The clients of all sites that are connected and not silent; waits until some are."""
-        self.gather(self.patience.sites if round <= 1 else 1)
+        """The clients of all sites that are connected and not silent; waits until some are, at first for all that were
+        planned (a server that was started again finds them all busy with introducing themselves)."""
+        if not self.sites:
+            self.gather(self.patience.sites, at_least=self.patience.sites if round <= 1 else 1)
+        self.gather(1)
         here = set(self.grid.get_node_ids())
         names = [n for site in self.sites.values() if site.node in here and not site.silent for n in site.clients]
         return [self.clients[name] for name in sorted(names) if name not in self.strangers]
 
-    def gather(self, count: int) -> None:
-        """Greets new nodes and hears from them until so many sites are there; UserError where too few come in time."""
+    def gather(self, count: int, at_least: int = 1) -> None:
+        """Greets new nodes and hears from them until so many sites are there, or in time ``at_least`` so many; UserError
+        where fewer come."""
         end = time.monotonic() + self.patience.join
         while True:
             here = self._greet()
             self._hear({HELLO})
             ready = [site for site in self.sites.values() if site.node in here and not site.silent]
             if len(ready) >= count:
+                return
+            if time.monotonic() > end and len(ready) >= at_least:
+                log.warning("%d of %d sites are there: going on with them", len(ready), count)
                 return
             if time.monotonic() > end:
                 reasons = "; ".join(f"node {node}: {why}" for node, why in sorted(self.refused.items()))
