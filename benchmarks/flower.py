@@ -61,13 +61,14 @@ def ours(folder: Path, rounds: int) -> list[dict[str, float]]:
     for line in lines[1:]:
         own = [m for m in moments if m.get("round") == line["round"] and m["event"] in ("asked", "answered")]
         asked, heard = own[0]["time"], max(m["time"] for m in own[: 1 + SITES])
-        training = max(site["seconds"] for site in line["sites"].values())
-        found.append({"seconds": heard - asked, "training": training, "polling": polling(run, asked, heard)})
+        slowest, waited = polling(run, asked, heard)
+        training = line["sites"][slowest]["seconds"]
+        found.append({"seconds": heard - asked, "training": training, "polling": waited})
     return [{**one, "loads": loads, "warnings": log.count("WARNING")} for one in found]
 
 
-def polling(run: Path, asked: float, heard: float) -> float:
-    """Of the slowest site: from the question until its SuperNode had pulled it, and from the answer until the server
+def polling(run: Path, asked: float, heard: float) -> tuple[str, float]:
+    """The site that answered last, and its time from the question until its SuperNode had pulled it, and from the answer until the server
     had it. These are Flower's fixed sleeps (3 s and 0.5 s) and its transport."""
     last = []
     for site in (run / "sites").iterdir():
@@ -79,8 +80,8 @@ def polling(run: Path, asked: float, heard: float) -> float:
                 moment += int(words[1][9:]) / 1000
                 if asked <= moment <= heard + 0.5:
                     inside[words[4][:-1]] = moment
-        last.append((inside["out"], inside["in"] - asked + max(heard - inside["out"], 0.0)))
-    return max(last)[1]
+        last.append((inside["out"], site.name, inside["in"] - asked + max(heard - inside["out"], 0.0)))
+    return max(last)[1:]
 
 
 def stock(folder: Path, rounds: int) -> list[dict[str, float]]:
@@ -167,7 +168,7 @@ def run(quick: bool = False) -> Report:
         rows,
         (
             f"{SITES} sites, MiniLM, LoRA rank 8, {ROWS} examples a site, one epoch in batches of 16; medians of "
-            f"{rounds - 1} rounds, the first left out; training is the slowest site's",
+            f"{rounds - 1} rounds, the first left out; training is that of the site that answered last",
             "Flower's polling: a SuperNode sleeps 3 s after an empty pull and 0.5 s before it looks for an answer",
             "base loaded: how often at each site in the run; the plain ClientApp is a new process for each message",
         ),

@@ -115,8 +115,8 @@ class GridFleet:
         return [self.clients[name] for name in sorted(names) if name not in self.strangers]
 
     def gather(self, count: int, at_least: int = 1) -> None:
-        """Greets new nodes and hears from them until so many sites are there, or in time ``at_least`` so many; UserError
-        where fewer come."""
+        """Greets new nodes and hears from them until so many sites are there, or ``at_least`` so many when the time is
+        over; UserError where fewer come."""
         end = time.monotonic() + self.patience.join
         while True:
             here = self._greet()

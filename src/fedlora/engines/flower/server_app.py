@@ -44,6 +44,8 @@ def drive(grid: Grid, folder: Path) -> None:
             config = load(folder / "config.toml")
             patience = Patience(config.engine.deadline, config.engine.quorum, config.engine.join)
             host = federation(config, folder, grid, patience, say)
+            begun = (folder / "metrics.jsonl").exists()
+            host.fleet.available(2 if begun else 1)  # the sites, before any round's clock starts
             status("running")
             proceed(host)
     except UserError as problem:
