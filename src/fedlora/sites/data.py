@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+from torch import nn
 
 from fedlora.data.fields import as_dataset, columns_of, extract
 from fedlora.data.keys import listed, nearest
@@ -24,8 +25,11 @@ BASE = "base"
 SPLITS = ("train", "validation", "test")
 STATE = 16
 """Bytes of one trained number: its value, its gradient and two moments, all float32."""
-KEPT = 12
-"""Numbers that a backward pass keeps for each output of an adapted layer: an estimate, not a bound."""
+KEPT = 2
+"""Numbers that a backward pass keeps for each output of a linear layer."""
+LIBRARIES = 600 * 2**20
+"""Bytes of everything else: Python, torch, transformers, tokenised data. With a sentence encoder of 23 million
+parameters the sum was within 5 % of the peak measured at 512, 1024 and 2048 tokens a pass and ranks 8 and 128."""
 
 
 @dataclass(frozen=True)
@@ -166,10 +170,11 @@ def rank_of(site: SiteSettings, config: RunConfig, backbone: Backbone | None, mo
 
 
 def needs(backbone: Backbone, tokens: int) -> tuple[int, int]:
-    """(bytes whatever the rank, bytes for each rank): base weights and what a pass over ``tokens`` keeps; for each rank
-    the rows of A and columns of B with gradient and moments, and what the pass keeps of them."""
+    """(bytes whatever the rank, bytes for each rank), an estimate: libraries, base weights and what a pass over
+    ``tokens`` keeps; for each rank the rows of A and columns of B with gradient and moments, and what a pass keeps."""
     weights = sum(p.numel() * p.element_size() for p in backbone.module.parameters())
-    kept = KEPT * 4 * tokens * sum(layer.out_features for layer in backbone.sites.values())
+    outputs = sum(m.out_features for m in backbone.module.modules() if isinstance(m, nn.Linear))
     head = 0 if backbone.head is None else STATE * sum(p.numel() for p in backbone.head.parameters())
     sizes = [(layer.out_features, layer.in_features) for layer in backbone.sites.values()]
-    return weights + kept + head, sum(STATE * (out + inner) + 4 * tokens for out, inner in sizes)
+    fixed = LIBRARIES + weights + KEPT * 4 * tokens * outputs + head
+    return fixed, sum(STATE * (out + inner) + 4 * tokens for out, inner in sizes)
