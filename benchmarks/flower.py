@@ -68,8 +68,8 @@ def ours(folder: Path, rounds: int) -> list[dict[str, float]]:
 
 
 def polling(run: Path, asked: float, heard: float) -> tuple[str, float]:
-    """The site that answered last, and its time from the question until its SuperNode had pulled it, and from the answer until the server
-    had it. These are Flower's fixed sleeps (3 s and 0.5 s) and its transport."""
+    """The site that answered last, and its time from the question until its SuperNode had pulled it and from its answer
+    until the server had it. These are Flower's fixed sleeps (3 s and 0.5 s) and its transport."""
     last = []
     for site in (run / "sites").iterdir():
         inside = {"in": 0.0, "out": 0.0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 import uuid
 from collections.abc import Mapping
@@ -120,11 +121,22 @@ def supervise(folder: Path, link: SuperLink, sites: list[SiteProcesses], watch: 
                     f"see {folder / FLOWER / 'superlink.log'}; go on with: fedlora resume {folder}",
                 )
             watch.say(f"the {'SuperLink' if down else 'server'} has ended: started again from the last checkpoint")
+            if state != "submitted":
+                wait_for_end(int(status["pid"]))
             (folder / STATUS).unlink(missing_ok=True)
             if down:
                 link.start()
             link.submit(folder)
         time.sleep(LOOK)
+
+
+def wait_for_end(pid: int, seconds: float = 30.0) -> None:
+    """Until a server process whose SuperLink is gone has noticed; then it is ended."""
+    end = time.monotonic() + seconds
+    while alive(pid):
+        if time.monotonic() > end:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
 
 
 def read(file: Path) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -51,7 +52,9 @@ def drive(grid: Grid, folder: Path) -> None:
     except UserError as problem:
         status("failed", str(problem))
         raise
-    except BaseException as problem:
+    except httpx.HTTPError:  # the SuperLink is gone: whoever starts it again starts this again
+        raise
+    except Exception as problem:
         status("failed", f"{type(problem).__name__}: {problem}")
         raise
     status("finished")
