@@ -72,7 +72,7 @@ def by_name(lines: Any) -> dict[str, Line]:
 def test_a_site_in_order_passes_everything(place: Path, tmp_path: Path) -> None:
     with listening(place / "server") as port:
         found = by_name(check(made(place, tmp_path, port), run_of(place)))
-    assert list(found) == ["site.toml", "key", "data", "model", "one local step", "server", "certificate"]
+    assert list(found) == ["site.toml", "key", "data", "limits", "model", "one local step", "server", "certificate"]
     assert {line.ok for line in found.values()} == {True}
     assert re.search(r"120 examples: \d+ fit, \d+ holdout, \d+ test", found["data"].said)
     assert "rank 4" in found["model"].said
@@ -94,6 +94,7 @@ def test_without_a_run_file_data_and_server_are_tried(place: Path, tmp_path: Pat
     [
         ('label = "thema"', 'label = "tema"', "data", ["no column 'tema'", "nearest: 'thema'"]),
         ('Tier = "animals"', 'Tier = "animal"', "data", ["no label 'animal'", "nearest: 'animals'"]),
+        ('algorithms = "built-in"', 'algorithms = ["fedit"]', "limits", ["'flexlora' is not allowed", "[allow]"]),
         ("[model]", '[model]\nbase = "nowhere/at-all"', "model", ["nowhere/at-all"]),
         ("# rank = 4  ", 'memory = "1 kB" ', "model", ["memory = 1,000 bytes"]),
         ('ca = "ca.pem"', 'ca = "none.pem"', "certificate", ["none.pem", "copy ca.pem"]),

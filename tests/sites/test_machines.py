@@ -226,7 +226,7 @@ def test_the_page_is_followed_to_its_end(machines: Machines, walked: dict[str, s
     for name in ("north", "south"):
         check = walked[f"{name}$ fedlora site check {name} --run run.toml"]
         assert "FAIL" not in check
-        assert check.count("pass") == 7
+        assert check.count("pass") == 8
         assert list((machines.folder(name) / name / "adapters" / "clients").iterdir())
     assert "rank 4" in walked["north$ fedlora site check north --run run.toml"]
     assert walked['fed$ fedlora predict model --text "a short note"'].strip()

@@ -139,6 +139,35 @@ def test_a_model_that_does_not_load_is_refused_with_a_reason(models: Path, tmp_p
         ready(site(tmp_path / "s", model={"base": str(broken)}), said(models))
 
 
+MINE = """
+from dataclasses import dataclass
+from fedlora.algorithms.fedit import FedIT
+from fedlora.federation.algorithm import Algorithm
+
+@dataclass(frozen=True)
+class Mine(FedIT):
+    note: str = "one"
+"""
+
+
+def test_a_file_of_one_s_own_is_run_from_the_site_s_copy(models: Path, tmp_path: Path) -> None:
+    """Never from a path that the server names, and only if it is allowed and the same."""
+    for place in ("server", "north"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "mine.py").write_text(MINE)
+    hello = said(models, f"{tmp_path / 'server' / 'mine.py'}:Mine")
+    with pytest.raises(UserError, match=r"'mine\.py:Mine' is not allowed here"):
+        ready(site(tmp_path / "s"), hello)
+    folder = site(tmp_path / "t", allow={"algorithms": ["mine.py:Mine"]})
+    (folder / "mine.py").write_text(MINE)
+    (tmp_path / "server" / "mine.py").unlink()
+    trained(ready(folder, hello), hello)
+    other = site(tmp_path / "u", allow={"algorithms": ["mine.py:Mine"]})
+    (other / "mine.py").write_text(MINE.replace("one", "two"))
+    with pytest.raises(UserError, match="algorithm: the server has"):
+        ready(other, hello)
+
+
 def test_a_difference_is_refused_by_name(models: Path, tmp_path: Path) -> None:
     hello = said(models)
     folder = site(tmp_path / "s")

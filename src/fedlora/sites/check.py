@@ -8,7 +8,7 @@ import ssl
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from fedlora.errors import UserError
@@ -16,7 +16,9 @@ from fedlora.federation.client import Job
 from fedlora.federation.orders import Fit, Model, Tuned
 from fedlora.sites import keys
 from fedlora.sites.data import brought, examples
+from fedlora.sites.guard import permitted, with_own_algorithm
 from fedlora.sites.settings import SiteSettings, load
+from fedlora.study import algorithm as algorithms
 from fedlora.study.config import RunConfig
 from fedlora.study.experiment import Experiment, Terms, assemble
 
@@ -53,6 +55,7 @@ def check(folder: Path, config: RunConfig | None = None) -> Iterator[Line]:
     if config is None:
         yield Line("model and training", None, "not tried", "name the run file: fedlora site check --run RUN.toml")
     else:
+        yield _attempt("limits", lambda: _limits(site, config))
         yield from _training(site, config)
     yield from _server(site)
 
@@ -94,6 +97,14 @@ def _data(site: SiteSettings, config: RunConfig | None) -> str:
         if "is not one of the run's" in str(error):
             return "readable; its label names are checked with --run RUN.toml"
         raise
+
+
+def _limits(site: SiteSettings, config: RunConfig) -> str:
+    """What the site's owner allows, against the run file."""
+    config = with_own_algorithm(site.allow, config)
+    if reason := permitted(site.allow, config, algorithms.build(config)):
+        raise UserError(reason, "change [allow] in site.toml, if you want this run")
+    return f"{PurePath(config.algorithm.name).name} for {config.training.rounds} rounds is allowed"
 
 
 TEXT = "text-classification"

@@ -7,8 +7,10 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
+from fedlora.errors import UserError
 from fedlora.federation.algorithm import Algorithm, Reply
 from fedlora.federation.client import Executor, Job
 from fedlora.federation.orders import Fit, Order
@@ -39,13 +41,34 @@ def kind_of(name: str) -> str:
     return "adapter" if first != "extra" and "/" in plain and last in _FACTORS else "statistics"
 
 
+def with_own_algorithm(allow: Allowed, config: RunConfig) -> RunConfig:
+    """The run file with a site's own copy of an algorithm's file, found by file name and class among those allowed: a
+    path that a server names is never read."""
+    name = config.algorithm.name
+    if ".py:" not in name:
+        return config
+    known = () if isinstance(allow.algorithms, str) else allow.algorithms
+    own = next((one for one in known if PurePath(one).name == PurePath(name).name), None)
+    if own is None:
+        file = PurePath(name).name
+        raise UserError(
+            f"algorithm {file!r} is not allowed here ([allow] algorithms: {_listed(allow)})",
+            f"read the file, put it beside site.toml, and list it: algorithms = [{file!r}]",
+        )
+    return config.replace(algorithm={"name": own})
+
+
+def _listed(allow: Allowed) -> str:
+    names = allow.algorithms
+    return "the built-in ones" if isinstance(names, str) else ", ".join(PurePath(one).name for one in names) or "none"
+
+
 def permitted(allow: Allowed, config: RunConfig, algorithm: Algorithm[Any, Any, Any]) -> str | None:
     """Why a run is beyond what the site allows, or None; said before anything is loaded or trained."""
     name = config.algorithm.name
     known = allow.algorithms == "built-in" and ".py:" not in name
     if not known and (allow.algorithms == "built-in" or name not in allow.algorithms):
-        allowed = "the built-in ones" if allow.algorithms == "built-in" else ", ".join(allow.algorithms) or "none"
-        return f"algorithm {name!r} is not allowed here ([allow] algorithms: {allowed})"
+        return f"algorithm {name!r} is not allowed here ([allow] algorithms: {_listed(allow)})"
     if not algorithm.federated:
         return f"algorithm {name!r} needs all data in one place"
     if config.training.rounds > allow.rounds:

@@ -108,8 +108,9 @@ class ServerAddress(Section):
 
 
 class Allowed(Section):
-    """``[allow]``. ``algorithms``: names, or "built-in" for all that come with the package; ``upload``: kinds of
-    arrays; ``steps`` and ``seconds``: of training for one request; ``bytes``: of one reply; ``rounds``: of one run."""
+    """``[allow]``. ``algorithms``: names, or "built-in" for all that come with the package; "my_file.py:MyClass" is a
+    file of this site, which the server's must equal; ``upload``: kinds of arrays; ``steps`` and ``seconds``: of training
+    for one request; ``bytes``: of one reply; ``rounds``: of one run."""
 
     algorithms: tuple[str, ...] | Literal["built-in"] = "built-in"
     upload: tuple[Upload, ...] = ("adapter", "head", "norm", "statistics")
@@ -180,7 +181,7 @@ def located(value: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     def find(name: Any, always: bool) -> Any:
         if isinstance(name, list):
             return [find(item, always) for item in name]
-        if not isinstance(name, str) or name in BUILT_IN:
+        if not isinstance(name, str) or name in BUILT_IN or name in ALGORITHMS:
             return name
         head, colon, tail = name.rpartition(":")
         for file, rest in ((name, ""), (head, colon + tail)):
@@ -189,6 +190,7 @@ def located(value: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         return os.path.abspath(folder / name) if always else name
 
     places = {"data": ("train", "validation", "test"), "model": ("base", "own"), "server": ("ca", "key")}
+    places |= {"allow": ("algorithms",)}
     result = {key: dict(table) if isinstance(table, dict) else table for key, table in value.items()}
     server = result.get("server")
     if isinstance(server, dict):

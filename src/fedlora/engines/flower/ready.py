@@ -62,9 +62,10 @@ def ready(folder: Path, hello: Hello) -> Ready:
     if file.exists():
         site = settings.load(file)
         allow = site.allow
-        if reason := guard.permitted(allow, hello.config, algorithms.build(hello.config)):
+        config = guard.with_own_algorithm(allow, hello.config)
+        if reason := guard.permitted(allow, config, algorithms.build(config)):
             raise UserError(reason)
-        own = brought(site, hello.config, terms.most, terms.labels)
+        own = brought(site, config, terms.most, terms.labels)
     else:
         share = split.share(folder, terms.labels)
         own = Brought(hello.config, share.population, share.ranks, share.models)
