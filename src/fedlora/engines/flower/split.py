@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,8 @@ def _write(
     order = np.argsort(np.concatenate(rows), kind="stable")  # a client's examples in the table's order, as before
     folder.mkdir(parents=True, exist_ok=True)
     table = population.table.select(np.concatenate(rows)[order])
-    table.save_to_disk(str(folder / FOLDER))
+    with silent():
+        table.save_to_disk(str(folder / FOLDER))
     about = {
         "clients": own,
         "strangers": [name for name in own if name in set(population.unseen)],
@@ -92,9 +94,16 @@ def _write(
     files.replace(folder / ABOUT, json.dumps(about))  # last: a site whose file is there is complete
 
 
-def complete(folder: Path) -> bool:
-    """Whether a site's share is there."""
-    return (folder / ABOUT).exists()
+@contextmanager
+def silent() -> Iterator[None]:
+    """No bars of the datasets library."""
+    before = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not before:
+            datasets.enable_progress_bars()
 
 
 def share(folder: Path, labels: tuple[str, ...]) -> Share:
