@@ -149,11 +149,11 @@ def oversized(size: int, limits: Limits) -> Refusal | None:
     """Why a frame of this many bytes is not even decoded, or None.
 
     >>> str(oversized(2**30, Limits()))
-    'a message of 1,073,741,824 bytes; the limit is 268,435,456'
+    'a message of 1,073,741,824 bytes; the limit is 268,435,456 ([engine] message)'
     """
     if size <= limits.message:
         return None
-    return Refusal("size", f"a message of {size:,} bytes; the limit is {limits.message:,}")
+    return Refusal("size", f"a message of {size:,} bytes; the limit is {limits.message:,} ([engine] message)")
 
 
 @dataclass(frozen=True)

@@ -109,8 +109,8 @@ class ServerAddress(Section):
 
 class Allowed(Section):
     """``[allow]``. ``algorithms``: names, or "built-in" for all that come with the package; "my_file.py:MyClass" is a
-    file of this site, which the server's must equal; ``upload``: kinds of arrays; ``steps`` and ``seconds``: of training
-    for one request; ``bytes``: of one reply; ``rounds``: of one run."""
+    file of this site, which the server's must equal; ``upload``: kinds of arrays; ``steps`` and ``seconds``: of
+    training for one request; ``bytes``: of one reply; ``rounds``: of one run."""
 
     algorithms: tuple[str, ...] | Literal["built-in"] = "built-in"
     upload: tuple[Upload, ...] = ("adapter", "head", "norm", "statistics")

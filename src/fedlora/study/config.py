@@ -131,7 +131,8 @@ class EngineSettings(Section):
     the budget of one pass, padding included.
 
     Between machines (``fedlora federate``): ``deadline``: seconds that a round waits for its clients; ``quorum``: the
-    share of them without which it waits on; ``join``: seconds for the sites to come and load the base."""
+    share of them without which it waits on; ``join``: seconds for the sites to come and load the base; ``message``: the
+    largest message of a site, in bytes."""
 
     name: Literal["simulator"] = "simulator"
     lanes: int | Literal["auto"] = "auto"
@@ -140,6 +141,7 @@ class EngineSettings(Section):
     deadline: float = Field(600.0, gt=0)
     quorum: float = Field(0.5, ge=0, le=1)
     join: float = Field(600.0, gt=0)
+    message: int = Field(256 * 2**20, ge=2**20, le=2**30)
 
 
 class OutputSettings(Section):

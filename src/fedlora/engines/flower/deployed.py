@@ -34,6 +34,8 @@ from fedlora.study.run import Result
 CURRENT = "current.json"
 PORT = 9092
 LOOK, SLOW = 0.5, 60.0
+SLACK = 2**20
+"""Bytes that Flower's records add to a frame: the server, not the door, says that a frame is too large."""
 Say = Callable[[str], None]
 
 
@@ -140,8 +142,9 @@ def planned(config: RunConfig, folder: Path, sites: int) -> None:
 
 def operate(folder: Path, server: Path, host: str, port: int, insecure: bool, progress: bool) -> None:
     """The SuperLink on the loopback interface, the door before it, and the run."""
-    link = superlink(server, insecure)
-    front = Process("door", door_words(link, server, host, port, insecure), server / "door.log", environment(server))
+    link, engine = superlink(server, insecure), load(folder / "config.toml").engine
+    words = [*door_words(link, server, host, port, insecure), "--message", str(engine.message + SLACK)]
+    front = Process("door", words, server / "door.log", environment(server))
     (folder / STATUS).unlink(missing_ok=True)
     try:
         with Watch(folder, load(folder / "config.toml").training.rounds, progress) as watch:

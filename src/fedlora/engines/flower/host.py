@@ -186,8 +186,9 @@ def federation(
     task = task_of(config, plan.terms.labels, plan.terms.fields, backbone)
     facts = agreement.facts(backbone, task, spec, algorithm, config.seed)
     hello = Hello(plan.run_id, config, plan.terms, facts)
+    limits = replace(LIMITS, message=config.engine.message)
     fleet = GridFleet(
-        grid, hello, replace(patience, sites=plan.sites), say, limits=LIMITS, nodes=registered_nodes(folder)
+        grid, hello, replace(patience, sites=plan.sites), say, limits=limits, nodes=registered_nodes(folder)
     )
     return Federation(config, folder, plan, algorithm, backbone, spec, Metric(*task.metric), fleet)
 
