@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
 
 from conformance.grid import HELLO, divided, node, site
 from conformance.table import world
@@ -221,6 +222,34 @@ def test_a_site_that_fails_is_lost_with_its_reason(toys: Fleet, tmp_path: Path) 
     found = replies(fleet, requests(toys))
     assert found == {"c0": True, "c1": False, "c2": True, "c3": True, "c4": False}
     assert {e["problem"] for e in said if e["event"] == "answered"} == {"", "the site failed: no worker"}
+
+
+def test_a_site_that_flower_calls_gone_is_waited_for(toys: Fleet, tmp_path: Path) -> None:
+    """Flower answers in the place of a node without heartbeats; the site comes back under another number."""
+    fleet = federation(toys, tmp_path, replace(QUICK, deadline=30.0))
+    fleet.available(1)
+    grid: Any = fleet.grid
+    working, gone = grid.nodes[100], 0
+
+    def dead(message: Message) -> Message:
+        nonlocal gone
+        gone += 1
+        grid.here = {101, 102, 200}
+        grid.nodes[200] = working
+        return Message(Error(ErrorCode.NODE_UNAVAILABLE, "no heartbeat"), reply_to=message)
+
+    grid.nodes[100] = dead
+    assert replies(fleet, requests(toys)) == dict.fromkeys(toys.clients, True)
+    assert gone == 1
+
+
+def test_clients_of_absent_sites_are_not_waited_for(toys: Fleet, tmp_path: Path) -> None:
+    """An evaluation asks for everybody, also for those whose site has left for good."""
+    fleet = federation(toys, tmp_path, replace(QUICK, deadline=30.0))
+    fleet.available(1)
+    grid: Any = fleet.grid
+    grid.here = {101, 102}
+    assert replies(fleet, requests(toys)) == {"c0": False, "c1": True, "c2": True, "c3": False, "c4": True}
 
 
 def test_no_site_answers_for_anothers_clients(toys: Fleet, tmp_path: Path) -> None:

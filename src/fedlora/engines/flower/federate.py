@@ -92,11 +92,20 @@ def operate(folder: Path, progress: bool) -> Result:
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; go on with: fedlora resume {folder}") from None
     finally:
+        stop_server(folder)  # first: it would take the end of the sites for lost replies
         for site in sites:
             site.stop()
         if link.process is not None:
             link.process.stop()
     return result(folder)
+
+
+def stop_server(folder: Path) -> None:
+    """Ends the run's server process, if one is there: what is on disk is always whole."""
+    status = read(folder / STATUS)
+    if status.get("state") in ("starting", "running") and alive(int(status["pid"])):
+        os.kill(int(status["pid"]), signal.SIGKILL)
+        wait_for_end(int(status["pid"]))
 
 
 def supervise(folder: Path, link: SuperLink, sites: list[SiteProcesses], watch: Watch) -> None:

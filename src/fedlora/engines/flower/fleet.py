@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedlora.engines.flower.messages import ASK, HELLO, Answer, Hello, Presence, answers_of, lasting, request_plain
@@ -28,6 +29,8 @@ from fedlora.sites.agreement import differences
 
 log = logging.getLogger(__name__)
 GRACE, LOOK = 5.0, 1.0
+GONE = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.CLIENT_APP_CRASHED)
+"""What Flower says in a site's place: the site itself may still come back."""
 LIMITS = Limits()
 
 
@@ -192,9 +195,15 @@ class GridFleet:
         has passed with the quorum reached. A site that comes back meanwhile is asked again."""
         start, waiting = time.monotonic(), dict.fromkeys(sorted(requests))
         total, answered, round, looked = len(waiting), 0, 0, start
+        here = set(self.grid.get_node_ids())
         for site in list(self.sites.values()):
             names = [name for name in site.clients if name in waiting]
-            if names:
+            if names and (site.silent or site.node not in here):
+                log.warning("site %r is not there: its clients are left out", site.name)
+                for name in names:
+                    del waiting[name]
+                    yield name, None
+            elif names:
                 round = self._send(site, {name: requests[name] for name in names}, self.patience.deadline)
         self.say({"event": "asked", "round": round, "clients": total})
         while waiting:
@@ -268,6 +277,10 @@ class GridFleet:
             if question is None:
                 log.warning("an answer from node %d to no open question is refused", message.metadata.src_node_id)
                 continue
+            if message.has_error() and message.error.code in GONE:
+                log.warning("node %d is gone: %s", question.node, message.error.reason)
+                self._silence(question.node)
+                continue
             try:
                 body = self._read(message, question)
                 if question.header.kind == HELLO:
@@ -285,6 +298,12 @@ class GridFleet:
                 if question.header.kind == HELLO:
                     self.refused[question.node] = str(problem)
         return back, found
+
+    def _silence(self, node: int) -> None:
+        """Its site is asked again when it has answered a greeting."""
+        for site in self.sites.values():
+            if site.node == node:
+                site.silent = True
 
     def _holds(self, node: int, names: frozenset[str]) -> None:
         """What a site has acknowledged; after a failure everything is sent again."""
