@@ -167,12 +167,6 @@ def require_federable(config: RunConfig, algorithm: Algorithm[Any, Any, Any]) ->
         )
 
 
-def registered(folder: Path) -> dict[int, str] | None:
-    """Whose key each of Flower's nodes has (``flower/nodes.json``); None where keys are not checked."""
-    file = folder / "flower" / "nodes.json"
-    return {int(node): name for node, name in json.loads(file.read_text()).items()} if file.exists() else None
-
-
 def federation(
     config: RunConfig, folder: Path, grid: Grid, patience: Patience, say: Say = lambda event: None
 ) -> Federation:
