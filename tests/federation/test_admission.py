@@ -16,7 +16,7 @@ from torch import Tensor
 
 from conformance.table import world
 from federation.doubles import SPEC, Slow, Toy, simulator
-from fedlora.federation.admission import Claim, Limits, Refusal, fault, misplaced, norm, oversized
+from fedlora.federation.admission import Limits, Refusal, fault, norm, oversized
 from fedlora.federation.algorithm import Reply, Update
 from fedlora.federation.rounds import Asked, rounds
 from fedlora.federation.spec import Client, Shape
@@ -164,36 +164,6 @@ def test_the_limits_change_nothing_for_the_honest(algorithm: str) -> None:
 def test_a_gigabyte_is_refused_by_its_size() -> None:
     assert oversized(Limits().message, Limits()) is None
     assert getattr(oversized(2**30, Limits()), "reason", None) == "size"
-
-
-DUE = {name: Claim(f"site-{name}", name, "run", "train", 4) for name in "abc"}
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.sampled_from(["site-a", "site-b", "elsewhere"]),
-    st.sampled_from("abcd"),
-    st.sampled_from(["run", "another"]),
-    st.sampled_from(["train", "introduce", "evaluate"]),
-    st.integers(2, 5),
-    st.sets(st.sampled_from("abc")),
-)
-def test_only_the_answer_that_is_due_is_let_in_once(
-    site: str, client: str, run: str, kind: Any, round: int, answered: set[str]
-) -> None:
-    claim = Claim(site, client, run, kind, round)
-    found = misplaced(claim, DUE, answered)
-    right = client in DUE and site == f"site-{client}" and (run, kind, round) == ("run", "train", 4)
-    assert (found is None) == (right and client not in answered)
-    if right and client in answered:
-        assert found is not None
-        assert found.reason == "replay"
-    elif client in DUE and site == f"site-{client}" and not right:
-        assert found is not None
-        assert found.reason == "late"
-    elif not right:
-        assert found is not None
-        assert found.reason == "stranger"
 
 
 def test_a_second_answer_within_a_round_is_dropped_by_the_loop_as_well() -> None:

@@ -1,25 +1,23 @@
 """Who and what is let in: every reason why a reply must not be folded, as functions of values. No engine is needed.
 
-A server asks in this order: ``oversized`` before a frame is decoded, ``misplaced`` before a reply is believed to be an
-answer, ``fault`` before its update is folded.
+A server asks ``oversized`` before a frame is decoded, and ``fault`` before an update is folded. That an answer belongs
+to its question is the engine's to see: it knows whom it asked, and with what nonce.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
 import torch
 
-from fedlora.federation.algorithm import Kind, Update
+from fedlora.federation.algorithm import Update
 from fedlora.federation.spec import Client, Shape, Tree
 
-Reason = Literal[
-    "empty", "names", "shape", "rank", "type", "not finite", "weight", "norm", "size", "stranger", "replay", "late"
-]
+Reason = Literal["empty", "names", "shape", "rank", "type", "not finite", "weight", "norm", "size"]
 
 
 @dataclass(frozen=True)
@@ -154,32 +152,3 @@ def oversized(size: int, limits: Limits) -> Refusal | None:
     if size <= limits.message:
         return None
     return Refusal("size", f"a message of {size:,} bytes; the limit is {limits.message:,} ([engine] message)")
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What a reply says that it answers, and the site it came from."""
-
-    site: str
-    client: str
-    run_id: str
-    kind: Kind
-    round: int
-
-
-def misplaced(claim: Claim, asked: Mapping[str, Claim], answered: Collection[str]) -> Refusal | None:
-    """Why a reply is no answer to what is being asked, or None.
-
-    ``asked``: by client, the claim that its answer will make. ``answered``: the clients that have been heard.
-    """
-    due = asked.get(claim.client)
-    if due is None:
-        return Refusal("stranger", f"client {claim.client!r} was not asked")
-    if claim.site != due.site:
-        return Refusal("stranger", f"site {claim.site!r} answers for client {claim.client!r} of site {due.site!r}")
-    if claim != due:
-        was, now = ((one.run_id, one.kind, one.round) for one in (claim, due))
-        return Refusal("late", f"it answers {was}, not {now}")
-    if claim.client in answered:
-        return Refusal("replay", f"client {claim.client!r} has answered already")
-    return None
