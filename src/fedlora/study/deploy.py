@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -15,6 +15,7 @@ from fedlora.federation.memory import quoted
 from fedlora.federation.orders import Model, Score
 from fedlora.federation.spec import Client, Sums
 from fedlora.study import export
+from fedlora.study.config import RunConfig
 from fedlora.study.experiment import EVERYONE, Experiment
 from fedlora.study.host import Host, Writes
 
@@ -36,6 +37,13 @@ def deployed(experiment: Experiment, checkpoint: Mapping[str, Any], client: Clie
     return experiment.fleet.models(client.id, request)
 
 
+def written(config: RunConfig, clients: Sequence[Client]) -> frozenset[str]:
+    """The clients whose adapters are written: the first ones, as many as the run file says."""
+    wanted = config.output.client_adapters
+    named = {"all": len(clients), "none": 0, None: MOST}
+    return frozenset(client.id for client in clients[: wanted if isinstance(wanted, int) else named[wanted]])
+
+
 @dataclass(eq=False)
 class Adapters:
     """Writes ``adapters/clients/ID`` while the clients are scored, for as many as the run file says; holds on to the
@@ -46,11 +54,8 @@ class Adapters:
 
     @cached_property
     def written(self) -> frozenset[str]:
-        """The clients whose adapters are written: the first ones."""
-        wanted = self.experiment.config.output.client_adapters
-        judged = [client.id for client in self.experiment.judged]
-        named = {"all": len(judged), "none": 0, None: MOST}
-        return frozenset(judged[: wanted if isinstance(wanted, int) else named[wanted]])
+        """The clients whose adapters are written."""
+        return written(self.experiment.config, self.experiment.judged)
 
     def __call__(self, client: str, models: Mapping[str, Model], sums: Mapping[str, Sums]) -> None:
         deployed, model = next(iter(models.items()))

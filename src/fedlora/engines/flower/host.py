@@ -25,7 +25,7 @@ from fedlora.study import algorithm as algorithms
 from fedlora.study import folder as files
 from fedlora.study import private
 from fedlora.study.config import RunConfig
-from fedlora.study.deploy import MOST
+from fedlora.study.deploy import written
 from fedlora.study.experiment import Terms, base_of, specified
 from fedlora.study.summary import Metric
 from fedlora.study.tasks import task_of
@@ -136,10 +136,7 @@ class Federation:
     ) -> dict[str, dict[str, Sums]]:
         """Sums on the sites' test data; with ``deploy`` the sites keep the deployed models."""
         clients = list(clients)
-        wanted = self.config.output.client_adapters
-        named = {"all": len(clients), "none": 0, None: MOST}
-        first = clients[: wanted if isinstance(wanted, int) else named[wanted]]
-        self.fleet.write = frozenset(client.id for client in first) if deploy else frozenset()
+        self.fleet.write = written(self.config, clients) if deploy else frozenset()
         return dict(
             evaluate(
                 self.algorithm,
