@@ -23,43 +23,6 @@ CLIENTS = 10
 TRAIN_BYTES, HELD_BYTES = 10_000, 3_000
 SPLITS = ("test", "validation", "train")
 
-RUN_FILE = """\
-# Written by `fedlora quickstart`: a federation of code bases. Change anything and run it again: fedlora run {file}
-seed = {seed}
-
-[model]
-name = "embedded-lm"          # a hub id or a folder of your own model
-task = "causal-lm"
-dtype = "{dtype}"
-
-[data]
-train = "data/train.jsonl"    # your own file: one JSON object a line
-validation = "data/validation.jsonl"
-test = "data/test.jsonl"
-text = "text"
-partition = {{ by = "column", column = "client" }}
-
-[adapter]
-rank = 16
-
-[clients]
-ranks = {ranks}            # what each client can afford, in turn
-
-[algorithm]
-name = "{algorithm}"
-{parameters}
-[training]
-rounds = {rounds}
-epochs = 1
-batch_size = {batch_size}
-lr = 0.003
-eval_every = {every}                # rounds between scores; 0: only at the end
-eval_everyone = {everyone}
-
-[output]
-client_adapters = "all"
-"""
-
 LEAST = "4  "
 """What everybody can afford: the rank where all must have the same."""
 PLANS = (
@@ -128,12 +91,17 @@ def base(results: Mapping[str, Result]) -> Row:
 
 
 CODE = Demo(
+    command="fedlora quickstart",
+    what="a federation of code bases",
+    model="embedded-lm",
+    task="causal-lm",
+    columns='text = "text"\n',
+    rates="lr = 0.003\n",
     title="bits per byte on held-out source files",
     clients="each one code base",
     unit="own files",
     higher_is_better=False,
     prepare=write_data,
-    run_file=RUN_FILE,
     plans=PLANS,
     first=base,
     rows=ROWS,

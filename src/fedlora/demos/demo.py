@@ -21,6 +21,40 @@ from fedlora.study.report import megabytes, number
 if TYPE_CHECKING:
     from fedlora.study.run import Result
 
+RUN_FILE = """\
+# Written by `{command}`: {what}. Change anything and run it again: fedlora run {file}
+seed = {seed}
+
+[model]
+name = "{model}"          # a hub id or a folder of your own model
+task = "{task}"
+dtype = "{dtype}"
+
+[data]
+train = "data/train.jsonl"    # your own file: one JSON object a line
+validation = "data/validation.jsonl"
+test = "data/test.jsonl"
+{columns}partition = {{ by = "column", column = "client" }}
+
+[adapter]
+rank = 16
+{adapter}
+[clients]
+ranks = {ranks}            # what each client can afford, in turn
+
+[algorithm]
+name = "{algorithm}"
+{parameters}
+[training]
+rounds = {rounds}
+epochs = 1
+batch_size = {batch_size}
+{rates}eval_every = {every}                # rounds between scores; 0: only at the end
+eval_everyone = {everyone}
+
+[output]
+client_adapters = "all"
+"""
 POOLED = "pooled"
 """The file of the plan that is no federation."""
 
@@ -58,16 +92,22 @@ class Plan:
 
 @dataclass(frozen=True)
 class Demo:
-    """``prepare(folder, seed)`` writes data and names the clients; ``run_file`` is a template of a plan's fields, the
-    seed and the type; ``first`` is the row that others are measured by; ``rows`` are the lines between it and the
-    pooled data: their name, their run, and whether the model is the one that a client deploys (else the server's)."""
+    """``what`` it is, in a few words; ``columns``, ``rates``: lines of ``[data]`` and ``[training]``;
+    ``prepare(folder, seed)`` writes data and names the clients; ``first`` is the row that others are measured by;
+    ``rows`` are the lines between it and the pooled data: their name, their run, and whether the model is the one that
+    a client deploys (else the server's)."""
 
+    command: str
+    what: str
+    model: str
+    task: str
+    columns: str
+    rates: str
     title: str
     clients: str
     unit: str
     higher_is_better: bool
     prepare: Callable[[Path, int], list[str]]
-    run_file: str
     plans: Sequence[Plan]
     first: Callable[[Mapping[str, Result]], Row]
     rows: Sequence[tuple[str, str, bool]]
@@ -75,9 +115,8 @@ class Demo:
     def text_of(self, plan: Plan, seed: int, file: Path, dtype: str) -> str:
         """The run file of a plan."""
         every = plan.rounds if plan.begin else 0
-        return self.run_file.format(
-            **{**vars(plan), "file": file, "everyone": str(plan.everyone).lower()}, seed=seed, dtype=dtype, every=every
-        )
+        settled = {"file": file, "seed": seed, "dtype": dtype, "every": every, "everyone": str(plan.everyone).lower()}
+        return RUN_FILE.format(**{**vars(self), **vars(plan), **settled})
 
 
 def show(demo: Demo, out: Path | None = None, *, seed: int = 0, console: Console | None = None) -> Group:

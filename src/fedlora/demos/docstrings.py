@@ -56,42 +56,6 @@ VERBS: Mapping[str, str] = {
 }
 """A summary's first word -> the label: verbs of one meaning are one."""
 
-RUN_FILE = """\
-# Written by `fedlora quickstart --task text-classification`. Change anything and run it again: fedlora run {file}
-seed = {seed}
-
-[model]
-name = "minilm"               # a hub id or a folder of your own model
-task = "text-classification"
-dtype = "{dtype}"
-
-[data]
-train = "data/train.jsonl"    # your own file: one JSON object a line
-validation = "data/validation.jsonl"
-test = "data/test.jsonl"
-text = "text"
-label = "label"
-max_length = 32
-partition = {{ by = "column", column = "client" }}
-
-[adapter]
-rank = 16
-{adapter}
-[clients]
-ranks = {ranks}            # what each client can afford, in turn
-
-[algorithm]
-name = "{algorithm}"
-{parameters}
-[training]
-rounds = {rounds}
-epochs = 1
-batch_size = {batch_size}
-lr = 0.004
-head_lr = 0.01
-eval_every = 0                # rounds between scores; 0: only at the end
-eval_everyone = {everyone}
-"""
 PRIVATE = 'extras = { head = "private" }\n'
 LEAST = "4  "
 """What everybody can afford: the rank where all must have the same."""
@@ -201,12 +165,17 @@ def prior(results: Mapping[str, Result]) -> Row:
 
 
 DOCSTRINGS = Demo(
+    command="fedlora quickstart --task text-classification",
+    what="a federation of packages",
+    model="minilm",
+    task="text-classification",
+    columns='text = "text"\nlabel = "label"\nmax_length = 32\n',
+    rates="lr = 0.004\nhead_lr = 0.01\n",
     title="accuracy on held-out docstrings: which verb was removed",
     clients="each the docstrings of one package",
     unit="own",
     higher_is_better=True,
     prepare=write_data,
-    run_file=RUN_FILE,
     plans=PLANS,
     first=prior,
     rows=ROWS,
