@@ -96,10 +96,14 @@ def test_its_table_is_of_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.slow
 def test_the_adapter_matters(tmp_path: Path) -> None:
+    """By five points over three seeds: one seed's 400 test rows tell two of them apart, not more."""
     plans = [plan for plan in DOCSTRINGS.plans if plan.algorithm == "pooled"]
     lines = [line for line in DOCSTRINGS.rows if line[1] == "pooled-head"]
-    shown = replace(DOCSTRINGS, plans=plans, rows=lines)
-    show(shown, tmp_path / "out", console=Console(file=io.StringIO()))
-    prior, frozen, adapted = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
-    assert adapted["mean"] >= frozen["mean"] + 0.05
-    assert frozen["mean"] > prior["mean"]
+    shown, means = replace(DOCSTRINGS, plans=plans, rows=lines), []
+    for seed in range(3):
+        show(shown, tmp_path / str(seed), seed=seed, console=Console(file=io.StringIO()))
+        rows = json.loads((tmp_path / str(seed) / "table.json").read_text())["rows"]
+        means.append([row["mean"] for row in rows])
+    prior, frozen, adapted = (sum(column) / 3 for column in zip(*means, strict=True))
+    assert adapted >= frozen + 0.05
+    assert frozen > prior

@@ -96,6 +96,7 @@ CODE = Demo(
     model="embedded-lm",
     task="causal-lm",
     columns='text = "text"\n',
+    sites="",
     rates="lr = 0.003\n",
     title="bits per byte on held-out source files",
     clients="each one code base",

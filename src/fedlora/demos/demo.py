@@ -38,7 +38,7 @@ test = "data/test.jsonl"
 
 [adapter]
 rank = 16
-{adapter}
+{sites}{adapter}
 [clients]
 ranks = {ranks}            # what each client can afford, in turn
 
@@ -92,16 +92,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Demo:
-    """``what`` it is, in a few words; ``columns``, ``rates``: lines of ``[data]`` and ``[training]``;
-    ``prepare(folder, seed)`` writes data and names the clients; ``first`` is the row that others are measured by;
-    ``rows`` are the lines between it and the pooled data: their name, their run, and whether the model is the one that
-    a client deploys (else the server's)."""
+    """``what`` it is, in a few words; ``columns``, ``sites``, ``rates``: lines of ``[data]``, ``[adapter]`` and
+    ``[training]``; ``prepare(folder, seed)`` writes data and names the clients; ``first`` is the row that others are
+    measured by; ``rows`` are the lines between it and the pooled data: their name, their run, and whether the model is
+    the one that a client deploys (else the server's)."""
 
     command: str
     what: str
     model: str
     task: str
     columns: str
+    sites: str
     rates: str
     title: str
     clients: str
