@@ -190,6 +190,30 @@ def test_numbers_as_labels_are_ordered_by_value(tmp_path: Path) -> None:
     assert build(config, TASK).labels == tuple(map(str, range(12)))
 
 
+def test_per_client_takes_distinct_examples_first(tmp_path: Path) -> None:
+    rows = _rows(200, owners=4)
+    for i in range(0, 160, 8):  # twenty times the same line of o0
+        rows[i]["text"] = "always the same eight words of this client"
+    source = _file(tmp_path / "a.jsonl", rows)
+    config = DataSettings(train=source, partition=PartitionSettings(column="owner"), per_client=31)
+    one = build(config, TASK)
+    assert one.clients.counts().sum(axis=1).tolist() == [31] * 4
+    own = [one.table["text"][int(row)] for rows in one.clients["o0"].values() for row in rows]
+    assert len(set(own)) == 31  # 30 unique lines and one of the copies
+    assert one.digest == build(config, TASK).digest != build(config.model_copy(update={"seed": 1}), TASK).digest
+    assert not one.warnings
+    few = DataSettings(train=source, partition=PartitionSettings(column="owner"), per_client=1000)
+    assert _all_rows(build(few, TASK)) == list(range(200))
+
+
+def test_per_client_counts_given_parts_each(tmp_path: Path) -> None:
+    train, test = _file(tmp_path / "a.jsonl", _rows(120)), _file(tmp_path / "b.jsonl", _rows(80, seed=1))
+    built = build(
+        DataSettings(train=train, test=test, partition=PartitionSettings(column="owner"), per_client=16), TASK
+    )
+    assert built.clients.counts().tolist() == [[14, 2, 16]] * 4
+
+
 def test_tiny_clients(tmp_path: Path) -> None:
     rows = _rows(7, labels=1, owners=7)
     rows += [{**row, "owner": "o0"} for row in _rows(1, labels=1, seed=3)]

@@ -16,7 +16,7 @@ from fedlora.data.keys import in_order, listed, nearest, stream
 from fedlora.data.partition import assign, codes, hold_out
 from fedlora.data.settings import DataSettings, Sources
 from fedlora.data.sources import SPLIT_NAMES, Part, Split, many, of_dataset
-from fedlora.data.split import FIT, HOLDOUT, NAMES, TEST, divide, follow, keep_trained
+from fedlora.data.split import FIT, HOLDOUT, NAMES, TEST, at_most, divide, follow, keep_trained
 from fedlora.errors import UserError
 
 _GIVEN: dict[str, int] = {"train": -1, "validation": HOLDOUT, "test": TEST}
@@ -241,10 +241,13 @@ def _owners(
 
 
 def _finish(rows: _Rows, settings: DataSettings, partial: bool = False) -> Population:
-    """Splits, checks and seals."""
-    owned = rows.client >= 0
-    warnings = _unused(rows, owned)
+    """Draws, splits, checks and seals."""
+    warnings = _unused(rows, rows.client >= 0)
     near, exact = duplicates.near_groups(rows.table), duplicates.exact_groups(rows.table)
+    if settings.per_client is not None:
+        kept = at_most(settings.per_client, rows.client, rows.given, exact, stream(settings.seed, "per_client"))
+        rows = replace(rows, client=np.where(kept, rows.client, -1))
+    owned = rows.client >= 0
     group = np.zeros(len(owned), dtype=np.int64)
     group[owned], shared = duplicates.soften(near[owned], exact[owned], rows.client[owned])
     if shared:

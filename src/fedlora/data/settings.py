@@ -66,6 +66,8 @@ class DataSettings(BaseModel):
     `train`, `validation` and `test` are each a file (.jsonl, .json, .csv, .tsv, .parquet), a folder, a hub id
     (`name`, `owner/name@config`), or a list of them; `:split` at the end takes that split of a hub dataset, or the
     rows of a file whose column `split` says so. Without `test`, each client's examples are split 70/10/20.
+    `per_client`: at most so many examples of each client and of each given part, drawn by the seed, distinct ones
+    before copies.
 
     >>> DataSettings(train="reviews.csv", text="review", label="stars").partition.by
     'iid'
@@ -84,6 +86,7 @@ class DataSettings(BaseModel):
     labels: tuple[str, ...] | None = None
     label_space: Literal["union", "client"] = "union"
     max_length: PositiveInt | None = None
+    per_client: PositiveInt | None = None
     holdout_clients: NonNegativeInt | tuple[str, ...] = ()
     partition: PartitionSettings = PartitionSettings()
     seed: int = 0

@@ -10,6 +10,33 @@ SHARES = np.array([0.7, 0.1, 0.2])
 _FREE = -1
 
 
+def at_most(
+    limit: int, client: np.ndarray, given: np.ndarray, copies: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """(rows,) bool: at most `limit` random rows of each client and given part, distinct ones before copies of them.
+
+    client, given, copies: (rows,) int64, rows of one number in `copies` being equal.
+
+    >>> kept = at_most(2, np.zeros(5, int), np.zeros(5, int), np.array([7, 7, 7, 7, 8]), np.random.default_rng(0))
+    >>> int(kept.sum()), bool(kept[4])
+    (2, True)
+    """
+    part = np.unique(np.stack([client, given]), axis=1, return_inverse=True)[1].ravel()
+    luck = rng.random(len(client))
+    copy = _rank(np.stack([part, copies]), luck)
+    return _rank(part[None], luck, copy) < limit
+
+
+def _rank(group: np.ndarray, *by: np.ndarray) -> np.ndarray:
+    """(rows,) the row's place in its group (a column of `group`), ordered by the last key, then the ones before it."""
+    number = np.unique(group, axis=1, return_inverse=True)[1].ravel()
+    order = np.lexsort((*by, number))
+    first = np.searchsorted(number[order], np.arange(number.max(initial=-1) + 1))
+    rank = np.empty(len(number), dtype=np.int64)
+    rank[order] = np.arange(len(number)) - first[number[order]]
+    return rank
+
+
 def follow(quota: np.ndarray, stratum: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """(rows,) client of each row of a test file, so that clients get the file's classes as `quota` has them.
 
