@@ -200,6 +200,7 @@ def test_per_client_takes_distinct_examples_first(tmp_path: Path) -> None:
     assert one.clients.counts().sum(axis=1).tolist() == [31] * 4
     own = [one.table["text"][int(row)] for rows in one.clients["o0"].values() for row in rows]
     assert len(set(own)) == 31  # 30 unique lines and one of the copies
+    assert _all_rows(one) == list(range(one.table.num_rows))  # nobody tokenises what nobody has
     assert one.digest == build(config, TASK).digest != build(config.model_copy(update={"seed": 1}), TASK).digest
     assert not one.warnings
     few = DataSettings(train=source, partition=PartitionSettings(column="owner"), per_client=1000)

@@ -29,7 +29,7 @@ class Clients(Mapping[str, Mapping[str, np.ndarray]]):
     """
 
     def __init__(self, ids: Sequence[str], client: np.ndarray, role: np.ndarray) -> None:
-        """client, role: (rows,) int64; rows with client -1 belong to nobody."""
+        """client, role: (rows,) int64; rows with client -1 are nobody's."""
         owned = np.flatnonzero(client >= 0)
         cell = client[owned] * len(NAMES) + role[owned]
         self._rows = owned[np.argsort(cell, kind="stable")].astype(np.int64)
@@ -57,7 +57,8 @@ class Clients(Mapping[str, Mapping[str, np.ndarray]]):
 class Population:
     """All clients' data.
 
-    table: its columns are ("text", "label"), ("image", "label"), ("prompt", "response") or ("text",), checked.
+    table: its columns are ("text", "label"), ("image", "label"), ("prompt", "response") or ("text",), checked; every
+    row is somebody's.
     clients: every client, the unseen ones included. unseen: clients that never train. labels: the label space
     (() for causal-lm). warnings: what a user should read before a run. digest: SHA-256 of examples and splits.
     """
@@ -268,7 +269,7 @@ def _finish(rows: _Rows, settings: DataSettings, partial: bool = False) -> Popul
     unseen = np.isin(rows.client, [i for i, name in enumerate(rows.ids) if name in strangers])
     if rows.labels:
         role = keep_trained(role, code, group, free=owned & (rows.given == -1), trains=owned & ~unseen)
-    clients = Clients(rows.ids, rows.client, role)
+    clients = Clients(rows.ids, rows.client, role)  # of all rows read, which errors and remarks name
     _check_clients(clients, strangers)
     labels: tuple[str, ...] = ()
     if rows.labels:
@@ -277,8 +278,8 @@ def _finish(rows: _Rows, settings: DataSettings, partial: bool = False) -> Popul
         warnings += more
     warnings += _remarks(clients, rows, role, near)
     return Population(
-        table=rows.table,
-        clients=clients,
+        table=rows.table if owned.all() else rows.table.select(np.flatnonzero(owned)),
+        clients=Clients(rows.ids, rows.client[owned], role[owned]),
         unseen=rows.unseen,
         labels=labels,
         warnings=tuple(warnings),
