@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -245,6 +245,25 @@ def test_everybody_computes_with_the_layout_that_bytes_would_give() -> None:
     assert all(algorithm.layouts)
     assert len(arrived) == 4
     assert all(arrived)
+
+
+def test_what_an_algorithm_objects_to_is_refused_by_name_and_the_run_goes_on() -> None:
+    """CE-LoRA would compute with what a client says of its features."""
+    fleet = world("ce-lora")
+    ask = fleet.ask
+
+    def tampered(requests: Any) -> Iterator[Any]:
+        for name, reply in ask(requests):
+            if reply is not None and reply.kind == "introduce" and name == "c1":
+                arrays = {**reply.update.arrays, "variances": -reply.update.arrays["variances"]}  # type: ignore[union-attr]
+                reply = replace(reply, update=replace(reply.update, arrays=arrays))
+            yield name, reply
+
+    fleet.ask = tampered  # type: ignore[method-assign]
+    reports = list(rounds(fleet.algorithm, fleet.spec, fleet, total=2, seed=0))
+    assert dict(reports[0].rejected) == {"c1": "meaning: variances is not positive"}
+    assert set(reports[2].folded) == set(fleet.clients) - {"c1"}
+    assert "c1" not in reports[2].state["weights"]
 
 
 # ---------------------------------------------------------------- bytes and evaluation

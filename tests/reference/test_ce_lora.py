@@ -18,6 +18,7 @@ from fedlora.algorithms.similarity import (
     cosine,
     data_similarity,
     distance,
+    malformed,
     model_similarity,
     statistics,
 )
@@ -93,6 +94,27 @@ def test_statistics_of_single_gaussians() -> None:
     assert many["class"].tolist() == [0, 0, 1, 1, 1, 2]
     assert many["means"].shape == (6, 2)
     assert float(many["shares"][:2].sum()) == pytest.approx(1)
+
+
+def test_statistics_that_are_none_are_refused_before_anything_is_computed_with_them() -> None:
+    good = statistics(*examples(0, (25, 35, 4)), project=2, seed=0)
+    assert malformed(good, 2, 3) is None
+    assert malformed(statistics(*examples(1, (1, 0, 1)), project=2, seed=0), 2, 3) is None  # one Gaussian for all
+    n = len(good["class"])
+    bad: dict[str, dict[str, Any]] = {
+        "means has shape": {"means": good["means"][:, :1]},
+        "shares has shape": {"shares": good["shares"][: n - 1]},
+        "class has type": {"class": good["class"].double()},
+        "means has type": {"means": good["means"].float()},
+        "counts is not positive": {"counts": torch.zeros_like(good["counts"])},
+        "variances is not positive": {"variances": good["variances"] * 0},
+        "do not sum to 1": {"shares": good["shares"] * 2},
+        "disagree on the count": {"counts": torch.arange(1, n + 1)},
+        "at least one component": {name: value[:0] for name, value in good.items()},
+        "classes have at most": {name: torch.cat([value] * 9) for name, value in good.items()},
+    }
+    for reason, change in bad.items():
+        assert reason in (malformed({**good, **change}, 2, 3) or ""), reason
 
 
 def test_statistics_without_a_usable_class_or_without_classes() -> None:

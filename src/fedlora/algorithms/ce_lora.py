@@ -18,6 +18,7 @@ from fedlora.algorithms.similarity import (
     blurred,
     data_similarity,
     distance,
+    malformed,
     model_similarity,
     statistics,
 )
@@ -107,7 +108,9 @@ class CELoRA(Algorithm[State, Mapping[str, Any], Mapping[str, Any]]):
         ):
             logging.getLogger(__name__).warning("CKA of cores below rank 4 says nothing; use similarity = 'cosine'")
         shared = self.extras.travelling(spec.start(seed))
-        return {"start": begun, "whole": shared, "statistics": {}, "cores": {}, "distances": {}, "weights": {}}
+        width = spec.width if self.project is None else min(spec.width, self.project)
+        nobody: dict[str, Any] = {"statistics": {}, "cores": {}, "distances": {}, "weights": {}}
+        return {"start": begun, "whole": shared, "width": width, "labels": max(1, len(spec.labels)), **nobody}
 
     def client_init(self, local: Local) -> Work[tuple[Update, Mapping[str, Any]]]:
         begun = self.begun(local.spec, local.run_seed)
@@ -149,6 +152,9 @@ class CELoRA(Algorithm[State, Mapping[str, Any], Mapping[str, Any]]):
         if kind == "introduce":
             return dict.fromkeys(STATISTICS)
         return shapes({**part(state["start"], ("C",)), **state["whole"]})
+
+    def objection(self, state: State, client: Client, update: Update, kind: Kind) -> str | None:
+        return malformed(update.arrays, state["width"], state["labels"]) if kind == "introduce" else None
 
     def server_update(self, state: State, value: Mapping[str, Any], round: int) -> State:
         sent = {name: entry["arrays"] for name, entry in value.items()}

@@ -17,6 +17,8 @@ from fedlora.errors import UserError
 from fedlora.federation.spec import Tree, derive, stream
 
 Pairs = Mapping[tuple[str, str], float]
+COMPONENTS = 3
+"""Of a class, at most."""
 STATISTICS = ("shares", "means", "variances", "class", "counts")
 
 
@@ -36,7 +38,7 @@ def statistics(features: Tensor, labels: Tensor, project: int | None, seed: int)
     groups = [(c, x[found == c]) for c in present] or [(-1, x)]
     parts: dict[str, list[Any]] = {name: [] for name in STATISTICS}
     for c, rows in groups:
-        components = max(1, min(3, len(rows) // 10))
+        components = max(1, min(COMPONENTS, len(rows) // 10))
         if len(rows) > 1:
             seeded = derive(seed, c) % 2**32
             fitted = sklearn.GaussianMixture(components, covariance_type="diag", reg_covar=1e-4, random_state=seeded)
@@ -54,6 +56,34 @@ def statistics(features: Tensor, labels: Tensor, project: int | None, seed: int)
     return {name: torch.tensor(np.concatenate(pieces)) for name, pieces in parts.items()}
 
 
+def malformed(found: Tree, width: int, labels: int) -> str | None:
+    """Why a stranger's statistics are none, or None: sizes that agree, Gaussians of ``width`` features, not more than
+    ``labels`` classes can have, and per class shares that sum to one and one positive count.
+
+    >>> good = statistics(torch.randn(40, 5), torch.arange(40) % 3, None, 0)
+    >>> malformed(good, 5, 3), malformed({**good, "variances": -good["variances"]}, 5, 3)
+    (None, 'variances is not positive')
+    """
+    k = found["class"].numel()
+    if k > COMPONENTS * labels:
+        return f"{k} components, where {labels} classes have at most {COMPONENTS} each"
+    shapes = {"shares": (k,), "means": (k, width), "variances": (k, width), "class": (k,), "counts": (k,)}
+    for name, shape in shapes.items():
+        whole = name in ("class", "counts")
+        if not k or tuple(found[name].shape) != shape:
+            return f"{name} has shape {tuple(found[name].shape)}, not {shape} of at least one component"
+        if found[name].dtype != (torch.int64 if whole else torch.float64):
+            return f"{name} has type {found[name].dtype}"
+    for name in ("shares", "variances", "counts"):
+        if not bool((found[name] > 0).all()):
+            return f"{name} is not positive"
+    for c in classes(found["class"]):
+        own = found["class"] == c
+        if abs(float(found["shares"][own].sum()) - 1) > 1e-6 or len(classes(found["counts"][own])) > 1:
+            return f"class {c}: its shares do not sum to 1, or its components disagree on the count"
+    return None
+
+
 def blurred(found: Tree, noise: float, seed: int) -> dict[str, Tensor]:
     """Mixtures with Gaussian noise on means and sigmas: ``noise`` times the deviation of the mixture of everything,
     so that it does not depend on the units of the features."""
@@ -63,7 +93,7 @@ def blurred(found: Tree, noise: float, seed: int) -> dict[str, Tensor]:
     spread = (shares * (found["variances"] + (found["means"] - centre).square())).sum(0).mean().sqrt()
     generator = stream(seed, "blur")
     draws = torch.randn(2, *found["means"].shape, generator=generator, dtype=torch.float64) * noise * spread
-    sigmas = (found["variances"].sqrt() + draws[1]).abs()
+    sigmas = (found["variances"].sqrt() + draws[1]).abs().clamp_min(1e-6)
     return {**found, "means": found["means"] + draws[0], "variances": sigmas.square()}
 
 

@@ -17,7 +17,7 @@ import torch
 from fedlora.federation.algorithm import Update
 from fedlora.federation.spec import Client, Shape, Tree
 
-Reason = Literal["empty", "names", "shape", "rank", "type", "not finite", "weight", "norm", "size"]
+Reason = Literal["empty", "names", "shape", "rank", "type", "not finite", "weight", "norm", "size", "meaning"]
 
 
 @dataclass(frozen=True)

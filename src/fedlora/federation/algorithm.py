@@ -108,6 +108,11 @@ class Algorithm(Generic[State, Memory, Value]):
         """The exact names of an update's arrays and their shapes (-1: any size of this dimension; None: any shape)."""
         raise NotImplementedError
 
+    def objection(self, state: State, client: Client, update: Update, kind: Kind) -> str | None:
+        """Why an update of the right names and shapes must not be folded: where its values have a meaning that the
+        server's own step relies on. It must never raise, whatever a stranger sent."""
+        return None
+
     def server_update(self, state: State, value: Value, round: int) -> State:
         """The state after a round; what is kept and served is cast to the spec's type."""
         raise NotImplementedError

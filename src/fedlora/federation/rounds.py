@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fedlora.federation.admission import Limits, fault, norm
-from fedlora.federation.algorithm import Algorithm, Evaluated, Kind, Reply, Request
+from fedlora.federation.admission import Limits, Refusal, fault, norm
+from fedlora.federation.algorithm import Algorithm, Evaluated, Kind, Reply, Request, Update
 from fedlora.federation.sampling import Sampler, cohort
 from fedlora.federation.spec import Client, ModelSpec, Sums, Tree
 from fedlora.federation.wire import canonical, frame_size
@@ -184,8 +184,7 @@ class Server:
                 account.lost.append(name)
                 continue
             client, update = requests.clients[name], reply.update
-            expected = self.algorithm.expects(self.state, client, round, kind)
-            problem = fault(update, expected, client, dtype=self.spec.dtype, max_norm=max_norm)
+            problem = self.problem(kind, round, client, update, max_norm)
             if update is None or problem:
                 account.rejected[name] = "no update" if problem is None else f"{problem.reason}: {problem.text}"
                 log.warning("round %d: the update of client %r is dropped: %s", round, name, problem)
@@ -203,6 +202,17 @@ class Server:
         if self.limits is not None:
             self.norms = {**self.norms, kind: self.limits.kept(self.norms.get(kind, []), account.norms)}
         return (aggregator.report(acc) if account.folded else None), account
+
+    def problem(
+        self, kind: Kind, round: int, client: Client, update: Update | None, max_norm: float | None
+    ) -> Refusal | None:
+        """Why an update must not be folded: what every algorithm refuses, then what this one does."""
+        expected = self.algorithm.expects(self.state, client, round, kind)
+        found = fault(update, expected, client, dtype=self.spec.dtype, max_norm=max_norm)
+        if found is not None or update is None:
+            return found
+        text = self.algorithm.objection(self.state, client, update, kind)
+        return None if text is None else Refusal("meaning", text)
 
     def largest(self, kind: Kind) -> float | None:
         """The largest norm let in, in this round."""
