@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,9 @@ pytestmark = pytest.mark.slow
 PAGE = Path(__file__).parents[2] / "docs" / "federation.md"
 ADDRESSES = {"fed": "10.77.0.1", "north": "10.77.0.2", "south": "10.77.0.3"}
 NAMES = {"fed": "fed.example.org"}
-DELAY = ("delay", "10ms", "loss", "0.5%")
+SHAPES = (("netem", "delay", "10ms", "loss", "0.5%"), ("tbf", "rate", "20mbit", "burst", "8kb", "latency", "10ms"))
+"""Delay and loss of every interface: by chance, or, where the kernel has no netem, by a short queue before a slow line,
+which holds packets up and drops those that find it full."""
 
 
 def ip(*words: str) -> None:
@@ -55,7 +58,7 @@ class Machines:
     root: Path
     tag: str = field(default_factory=lambda: f"fl{os.getpid()}")
     running: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    slowed: bool = False
+    shape: tuple[str, ...] = ()
 
     def start(self) -> None:
         hub = f"{self.tag}-hub"
@@ -70,8 +73,7 @@ class Machines:
             ip("-n", space, "address", "add", f"{address}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
                 ip("-n", space, "link", "set", device, "up")
-            words = ["ip", "netns", "exec", space, "tc", "qdisc", "add", "dev", "eth0", "root", "netem", *DELAY]
-            self.slowed = subprocess.run(words, capture_output=True).returncode == 0
+            self.shape = next((shape for shape in SHAPES if self.traffic(space, "add", *shape)), ())
             hosts = Path("/etc/netns") / space / "hosts"
             hosts.parent.mkdir(parents=True)
             hosts.write_text(f"127.0.0.1 localhost\n{ADDRESSES['fed']} {NAMES['fed']}\n")
@@ -80,6 +82,25 @@ class Machines:
         copy.parent.mkdir()
         copy.write_text(f'#!/bin/sh\nexec cp "$1" "{self.root}/${{2%%:*}}/${{2#*:}}"\n')
         copy.chmod(0o755)
+
+    def traffic(self, space: str, *words: str) -> bool:
+        verb, *shape = words
+        line = ["ip", "netns", "exec", space, "tc", "qdisc", verb, "dev", "eth0", "root", *shape]
+        return subprocess.run(line, capture_output=True).returncode == 0
+
+    @contextmanager
+    def unshaped(self) -> Iterator[None]:
+        """A network that loses nothing: what is sent twice would count twice."""
+        for name in ADDRESSES if self.shape else ():
+            assert self.traffic(self.space(name), "del")
+        yield
+        for name in ADDRESSES if self.shape else ():
+            assert self.traffic(self.space(name), "add", *self.shape)
+
+    def dropped(self, name: str) -> int:
+        """Packets that the machine's interface has lost."""
+        words = ["ip", "netns", "exec", self.space(name), "tc", "-s", "-j", "qdisc", "show", "dev", "eth0"]
+        return sum(one["drops"] for one in json.loads(subprocess.check_output(words)))
 
     def space(self, name: str) -> str:
         return f"{self.tag}-{name}"
@@ -232,6 +253,12 @@ def test_the_page_is_followed_to_its_end(machines: Machines, walked: dict[str, s
     assert walked['fed$ fedlora predict model --text "a short note"'].strip()
 
 
+def test_packets_were_lost_on_the_way(machines: Machines, walked: dict[str, str]) -> None:
+    if not machines.shape:
+        pytest.skip("this kernel has neither netem nor tbf: no delay and no loss")
+    assert sum(machines.dropped(name) for name in ADDRESSES) > 0
+
+
 def test_nothing_of_the_data_is_on_the_server_or_in_a_log(machines: Machines, walked: dict[str, str]) -> None:
     for file in (f for f in machines.folder("fed").rglob("*") if f.is_file()):
         content = file.read_bytes()
@@ -265,7 +292,8 @@ def test_bytes_that_are_counted_are_those_on_the_wire(machines: Machines, walked
     where what is sent is not."""
     before = carried(machines)
     changes = "--set adapter.rank=64 --set training.rounds=4 --set training.eval_every=0 --out server/runs/wire"
-    machines.run("fed", f"fedlora server start run.toml --sites 2 {changes}", 400)
+    with machines.unshaped():
+        machines.run("fed", f"fedlora server start run.toml --sites 2 {changes}", 400)
     wire = carried(machines) - before
     file = machines.folder("fed") / "server" / "runs" / "wire" / "metrics.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
