@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -140,7 +141,7 @@ def slices(table: Any) -> Iterable[Mapping[str, list[Any]]]:
 
 
 def flattened(lists: Iterable[Sequence[int]]) -> Array:
-    return np.fromiter((token for ids in lists for token in ids), dtype=np.int32)
+    return np.fromiter(chain.from_iterable(lists), dtype=np.int32)
 
 
 def text_store(parts: Sequence[Array], lengths: Sequence[int], labels: Array, **others: Any) -> Examples:

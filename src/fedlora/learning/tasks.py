@@ -46,10 +46,17 @@ class TextClassification:
         parts, types, lengths = [], [], []
         for part in slices(table):
             texts = [[str(value) for value in part[column]] for column in columns]
-            out = processor(*texts, truncation=True, max_length=self.max_length)
+            pairs = len(columns) == 2
+            out = processor(
+                *texts,
+                truncation=True,
+                max_length=self.max_length,
+                return_attention_mask=False,  # a third of the time, for what follows from the lengths
+                return_token_type_ids=pairs or None,
+            )
             lengths += [len(ids) for ids in out["input_ids"]]
             parts.append(flattened(out["input_ids"]))
-            if len(columns) == 2 and "token_type_ids" in out:
+            if pairs and "token_type_ids" in out:
                 types.append(flattened(out["token_type_ids"]))
         return text_store(
             parts,

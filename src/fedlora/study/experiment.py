@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -305,21 +306,19 @@ def _members(
     A client's registered examples are its training units (windows of long texts): what its updates may weigh.
     """
 
-    def client(name: str, own: Mapping[str, int], rows: np.ndarray) -> Client:
-        return Client(name, own, terms.models.get(name, "base"), len(examples.units(rows)) or None)
+    def client(name: str, own: Mapping[str, int], rows: Mapping[str, np.ndarray]) -> Client:
+        units = sum(len(examples.units(rows.get(part, NO_ROWS))) for part in ("fit", "holdout"))
+        return Client(name, own, terms.models.get(name, "base"), units or None)
 
-    def trained(name: str) -> np.ndarray:
-        return np.concatenate([owned[name]["fit"], owned[name]["holdout"]])
-
-    members = {name: client(name, terms.ranks[name], trained(name)) for name in owned}
-    seen = [owned[name] for name in population.seen]
-    parts = seen[0].keys() if seen else ()
-    rows = {part: np.concatenate([own[part] for own in seen] or [NO_ROWS]) for part in parts}
-    splits = {**owned, EVERYONE: {"test": rows.get("test", NO_ROWS)}}
+    members = {name: client(name, terms.ranks[name], rows) for name, rows in owned.items()}
+    parts = owned[population.seen[0]].keys() if population.seen else ()
+    rows = {part: np.concatenate([owned[name][part] for name in population.seen]) for part in parts}
+    known: Any = owned  # a ChainMap writes to its first map only
+    splits: ChainMap[str, Mapping[str, np.ndarray]] = ChainMap({EVERYONE: {"test": rows.get("test", NO_ROWS)}}, known)
     if algorithm.federated:
         return members, splits, set(population.unseen)
-    whole = client(POOLED, terms.most, np.concatenate([rows.get(part, NO_ROWS) for part in ("fit", "holdout")]))
-    return {**members, POOLED: whole}, {**splits, POOLED: rows}, set(members)
+    whole = client(POOLED, terms.most, rows)
+    return {**members, POOLED: whole}, splits.new_child({POOLED: rows}), set(members)
 
 
 def _device(name: str) -> str:

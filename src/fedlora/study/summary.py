@@ -90,12 +90,28 @@ def class_prior(labels: np.ndarray, clients: Mapping[str, Mapping[str, np.ndarra
     >>> class_prior(np.array(["x", "y", "x", "x", "y"]), clients)["mean"]
     0.5
     """
-    scores: dict[str, float | None] = {}
-    for name, rows in clients.items():
-        known, counts = np.unique(labels[np.concatenate([rows["fit"], rows["holdout"]])], return_counts=True)
-        test = labels[rows["test"]]
-        scores[name] = float((test == known[counts.argmax()]).mean()) if len(test) and len(known) else None
+    names, code = np.unique(labels, return_inverse=True)
+    owned = [(np.concatenate([rows["fit"], rows["holdout"]]), rows["test"]) for rows in clients.values()]
+    owner, label = _codes([train for train, _ in owned], code)
+    pairs, counts = np.unique(owner * len(names) + label, return_counts=True)
+    trained, known = np.divmod(pairs, len(names))
+    order = np.lexsort((known, -counts, trained))  # of each client the most frequent label first, the first of equals
+    first = order[np.unique(trained[order], return_index=True)[1]]
+    answer = np.full(len(owned), -1)
+    answer[trained[first]] = known[first]
+    owner, label = _codes([test for _, test in owned], code)
+    sizes = np.bincount(owner, minlength=len(owned))
+    hits = np.bincount(owner, label == answer[owner], minlength=len(owned))
+    scores = {
+        name: float(hits[i] / sizes[i]) if sizes[i] and answer[i] >= 0 else None for i, name in enumerate(clients)
+    }
     return spread(scores, Metric("accuracy", higher_is_better=True))
+
+
+def _codes(rows: Sequence[np.ndarray], code: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) whose row it is, by position, and its label's number."""
+    owner = np.repeat(np.arange(len(rows)), [len(own) for own in rows])
+    return owner, code[np.concatenate([*rows, np.zeros(0, dtype=np.int64)]).astype(np.int64)]
 
 
 def _others(sums: Sums, metric: Metric) -> dict[str, float]:
