@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import gcd
@@ -14,8 +14,17 @@ from torch.nn import functional
 
 from fedlora.adapters.lora import Segment
 
-SLACK = 64
-"""Padding tokens that cost less than another pass."""
+PASS = 96
+"""Tokens that cost as much as another pass: Python, small matrices, one more segment of each lane."""
+ROWS = 512
+"""Rows whose groups are chosen together."""
+Computed = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Rows and longest of groups -> tokens that are computed for them."""
+
+
+def rectangle(rows: np.ndarray, longest: np.ndarray) -> np.ndarray:
+    """Every row as long as the longest."""
+    return rows * longest
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,39 +40,58 @@ class Group:
         return len(self.units)
 
 
-def cut(work: Mapping[int, np.ndarray], lengths: np.ndarray, budget: int) -> list[Group]:
-    """``work``: the units of each lane. A group ends where its tokens would pass the budget, or its padding a fifth of
-    them and more than a pass of its own would cost.
+def cut(
+    work: Mapping[int, np.ndarray], lengths: np.ndarray, budget: int, computed: Computed = rectangle
+) -> list[Group]:
+    """``work``: the units of each lane, sorted by length and cut into groups of at most ``budget`` tokens (a single
+    sequence may have more), so that tokens computed, padding included, and passes cost least together.
 
     The largest group comes first: smaller ones fit into the memory that it leaves, where growing ones would each need
     more of it (half the peak of a step).
 
-    >>> lengths = np.array([10, 11, 50, 12])
-    >>> for g in cut({0: np.array([0, 2]), 1: np.array([3, 1])}, lengths, 99):
+    >>> lengths = np.array([10, 11, 150, 12])
+    >>> for g in cut({0: np.array([0, 2]), 1: np.array([3, 1])}, lengths, 199):
     ...     print(g.lanes, g.units, g.segments)
     [0] [2] ((0, 0, 1),)
     [0 1 1] [0 3 1] ((0, 0, 1), (1, 1, 3))
     """
-    return sorted(_groups(work, lengths, budget), key=lambda g: -len(g.units) * int(lengths[g.units].max()))
-
-
-def _groups(work: Mapping[int, np.ndarray], lengths: np.ndarray, budget: int) -> Iterator[Group]:
     lanes = np.concatenate([np.full(len(units), lane) for lane, units in work.items()])
     places = np.concatenate([np.arange(len(units)) for units in work.values()])
     units = np.concatenate(list(work.values()))
     order = np.lexsort((places, lanes, lengths[units]))
-    sizes = lengths[units][order].tolist()
-    start, real = 0, sizes[0] if sizes else 0
-    for i in range(1, len(order) + 1):
-        if i < len(order):
-            tokens = (i + 1 - start) * sizes[i]
-            if tokens <= budget and tokens - real - sizes[i] <= max(SLACK, tokens // 5):
-                real += sizes[i]
-                continue
-        picked = order[start:i]
-        picked = picked[np.lexsort((places[picked], lanes[picked]))]
-        yield Group(lanes[picked], places[picked], units[picked], segments(lanes[picked]))
-        start, real = i, sizes[i] if i < len(order) else 0
+    sizes = lengths[units][order].astype(np.int64)
+    groups: list[Group] = []
+    for first in range(0, len(order), ROWS):
+        for start, stop in borders(sizes[first : first + ROWS], budget, computed):
+            picked = order[first + start : first + stop]
+            picked = picked[np.lexsort((places[picked], lanes[picked]))]
+            groups.append(Group(lanes[picked], places[picked], units[picked], segments(lanes[picked])))
+    return sorted(groups, key=lambda g: -len(g.units) * int(lengths[g.units].max()))
+
+
+def borders(sizes: np.ndarray, budget: int, computed: Computed) -> list[tuple[int, int]]:
+    """The cheapest cut of sorted sizes into runs, by dynamic programming: the best cut of the first ``e`` ends with the
+    run of k rows for which the best cut of the first ``e - k``, and the run, cost least.
+
+    >>> borders(np.array([2, 2, 2, 200, 201]), 1000, rectangle)
+    [(0, 3), (3, 5)]
+    """
+    count = len(sizes)
+    most = max(1, min(count, budget // max(1, int(sizes[0])))) if count else 0
+    rows = np.arange(1, most + 1)
+    tokens = computed(np.broadcast_to(rows, (count, most)), np.broadcast_to(sizes[:, None], (count, most)))
+    cost = np.where((rows == 1) | (tokens <= budget), PASS + tokens, np.inf)
+    best, last = np.zeros(count + 1), np.zeros(count + 1, dtype=np.int64)
+    for end in range(1, count + 1):
+        known = min(end, most)
+        total = best[end - known : end][::-1] + cost[end - 1, :known]
+        last[end] = total.argmin() + 1
+        best[end] = total[last[end] - 1]
+    found: list[tuple[int, int]] = []
+    while count:
+        found.append((count - int(last[count]), count))
+        count -= int(last[count])
+    return found[::-1]
 
 
 def segments(lanes: np.ndarray) -> tuple[Segment, ...]:
@@ -84,23 +112,36 @@ def rows_of(values: Tensor, segment: Segment) -> Tensor:
 LENGTH, TOKENS = 8, 64
 
 
-def steady(inputs: dict[str, Tensor], labels: Tensor, longest: int) -> tuple[dict[str, Tensor], Tensor]:
-    """A text batch of one of few shapes: its length a multiple of 8 (at most ``longest``), its tokens one of 64, by
-    rows of padding at the end. Labels grow in length only: what is added has none.
+@dataclass(frozen=True)
+class Steady:
+    """Text batches of few shapes: their lengths multiples of 8 (at most ``longest``), their tokens of 64, by rows of
+    padding at the end.
 
     oneDNN compiles a bfloat16 kernel for every number of tokens, which takes longer than a pass and is never forgotten.
-
-    >>> ids = torch.ones(3, 5, dtype=torch.int64)
-    >>> grown, labels = steady({"input_ids": ids, "attention_mask": ids}, torch.tensor([0, 1, 2]), 40)
-    >>> grown["input_ids"].shape, int(grown["attention_mask"].sum()), len(labels)
-    (torch.Size([8, 8]), 20, 3)
     """
-    rows, length = inputs["attention_mask"].shape
-    longer = max(min(length + -length % LENGTH, longest) - length, 0)
-    more = -rows % (TOKENS // gcd(TOKENS, length + longer))
-    grown = {name: functional.pad(value, (0, longer, 0, more)) for name, value in inputs.items()}
-    grown["attention_mask"][rows:, 0] = 1  # attention to nothing at all is not a number
-    return grown, functional.pad(labels, (0, longer), value=-100) if labels.dim() == 2 else labels
+
+    longest: int
+
+    def __call__(self, rows: np.ndarray, longest: np.ndarray) -> np.ndarray:
+        """The tokens that a batch will have."""
+        length = np.minimum(longest + -longest % LENGTH, np.maximum(self.longest, longest))
+        grain = TOKENS // np.gcd(TOKENS, length)
+        return (rows + -rows % grain) * length
+
+    def grown(self, inputs: dict[str, Tensor], labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """A batch of such a shape. Labels grow in length only: what is added has none.
+
+        >>> ids = torch.ones(3, 5, dtype=torch.int64)
+        >>> grown, labels = Steady(40).grown({"input_ids": ids, "attention_mask": ids}, torch.tensor([0, 1, 2]))
+        >>> grown["input_ids"].shape, int(grown["attention_mask"].sum()), len(labels)
+        (torch.Size([8, 8]), 20, 3)
+        """
+        rows, length = inputs["attention_mask"].shape
+        longer = max(min(length + -length % LENGTH, self.longest) - length, 0)
+        more = -rows % (TOKENS // gcd(TOKENS, length + longer))
+        grown = {name: functional.pad(value, (0, longer, 0, more)) for name, value in inputs.items()}
+        grown["attention_mask"][rows:, 0] = 1  # attention to nothing at all is not a number
+        return grown, functional.pad(labels, (0, longer), value=-100) if labels.dim() == 2 else labels
 
 
 def to_device(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedlora.adapters.lora import Dropout
 from fedlora.federation.orders import Batch, Fit, Outputs, Tuned, cross_entropy
-from fedlora.learning.batches import Group, cut, rows_of
+from fedlora.learning.batches import Group, rows_of
 from fedlora.learning.lanes import Stack, own_part, padded, place, working
 from fedlora.learning.optim import Block, build, clip, plan
 
@@ -174,13 +174,13 @@ class Fits:
         work = {k: lane.ready.units[lane.batches[lane.step].numpy()] for k, lane in active.items()}
         sums = torch.zeros(self.count, dtype=torch.float64)
         first = next(iter(self.stacks))
-        store = self.learner.store(self._backbone(first))
         names = [self._backbone(name) for name in self.stacks]
         clients = ["" if lane is None else lane.ready.job.client for lane in self.lanes]
         kind = next(iter(active.values())).ready.kind
         for stack in self.stacks.values():
             stack.merge()
-        for group in cut(work, store.lengths, self.learner.tokens):
+        backbone = self.stacks[first].backbone
+        for group in self.learner.groups(backbone, self._backbone(first), work, self.learner.tokens):
             with self.learner.watched(kind, names, group, clients):
                 losses = self._backward(group, active, work)
             sums.index_add_(0, torch.from_numpy(group.lanes), losses.double().cpu())

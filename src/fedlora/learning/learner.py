@@ -16,7 +16,7 @@ from fedlora.federation.client import Job
 from fedlora.federation.orders import Fit, Model, Order, Score, Split, logits
 from fedlora.federation.spec import ModelSpec
 from fedlora.learning.backbone import Backbone
-from fedlora.learning.batches import Group, cut, rows_of, steady, to_device
+from fedlora.learning.batches import Group, Steady, cut, rectangle, rows_of, to_device
 from fedlora.learning.examples import Examples, Task
 from fedlora.learning.fitting import Fits
 from fedlora.learning.flops import Meter
@@ -271,10 +271,10 @@ class Learner:
     def _passes(self, taken: Sequence[Ready], stack: Stack) -> Any:
         work = {lane: ready.units for lane, ready in enumerate(taken) if len(ready.units)}
         masks = [self.label_mask(r.job.client) for r in taken]
-        store = self.store(taken[0].models["model"].model.backbone)
         if work:
-            for group in cut(work, store.lengths, self.tokens * (1 if stack.backbone.kind == "causal-lm" else SCORING)):
-                name = taken[0].models["model"].model.backbone
+            name = taken[0].models["model"].model.backbone
+            tokens = self.tokens * (1 if stack.backbone.kind == "causal-lm" else SCORING)
+            for group in self.groups(stack.backbone, name, work, tokens):
                 inputs, labels = self.batch(stack.backbone, name, group)
                 stack.merge()
                 with self.watched(taken[0].kind, [name], group, [ready.job.client for ready in taken]):
@@ -288,12 +288,20 @@ class Learner:
         lengths = tuple(int(self.store(name).lengths[group.units].max()) for name in dict.fromkeys(names))
         return self.meter.watch(kind, lengths, [(clients[lane], stop - start) for lane, start, stop in group.segments])
 
+    def steady(self, backbone: Backbone, name: str) -> Steady | None:
+        """Of which shapes a backbone's batches are; None: of any."""
+        store = self.store(name)
+        return Steady(int(store.lengths.max())) if backbone.dtype in COMPILED and store.tokens is not None else None
+
+    def groups(self, backbone: Backbone, name: str, work: Mapping[int, np.ndarray], tokens: int) -> list[Group]:
+        """The passes of some work on a backbone; ``tokens``: what one may hold."""
+        return cut(work, self.store(name).lengths, tokens, self.steady(backbone, name) or rectangle)
+
     def batch(self, backbone: Backbone, name: str, group: Group) -> tuple[dict[str, Tensor], Tensor]:
         """A group's inputs and labels, where the backbone is."""
-        store = self.store(name)
-        inputs, labels = self.task.collate(store, group.units)
-        if backbone.dtype in COMPILED and "attention_mask" in inputs:
-            inputs, labels = steady(dict(inputs), labels, int(store.lengths.max()))
+        inputs, labels = self.task.collate(self.store(name), group.units)
+        if (steady := self.steady(backbone, name)) is not None:
+            inputs, labels = steady.grown(dict(inputs), labels)
         return to_device(inputs, backbone.device, backbone.dtype), labels.to(backbone.device)
 
 
