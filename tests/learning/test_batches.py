@@ -1,4 +1,4 @@
-"""Groups of sequences: nothing lost, the budget kept, no cheaper cut left out, and less padding than at any one lane."""
+"""Groups of sequences: nothing lost, the budget kept, no cheaper cut left out, little padding."""
 
 from __future__ import annotations
 
