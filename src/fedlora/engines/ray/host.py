@@ -288,8 +288,8 @@ def hosted(experiment: Experiment, given: Mapping[str, Any]) -> Iterator[RayHost
             torch.cuda.empty_cache()
         pool = Pool(*maker(experiment, config, given, gpu), actors, engine.join)
         log.info("%d actors, %d clients at a time", actors, shard)
-        pool.open()
         try:
+            pool.open()
             yield RayHost(replace(experiment, config=config), RayFleet(experiment, pool))
         finally:
             pool.close()

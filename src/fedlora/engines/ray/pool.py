@@ -82,9 +82,12 @@ class Pool:
     since: float = 0.0
 
     def open(self) -> None:
-        """Starts the actors; they load while others do other things."""
+        """Starts the actors and waits for the first; the others join as they come."""
         for _ in range(self.wanted):
             self.add()
+        nothing = Shift(lambda actor, item: (None, None), [], [])
+        while not self.idle:
+            self.step(nothing)
 
     def close(self) -> None:
         """Ends them."""
@@ -134,19 +137,23 @@ class Pool:
             shift.again(turn, problem)
             return None
 
-    def step(self, shift: Shift) -> None:
-        """Gives out what waits, and looks who has finished."""
+    def give(self, shift: Shift) -> None:
+        """Gives what waits to those who have nothing to do."""
         while self.idle and shift.waiting:
             member, index = self.idle.pop(), heapq.heappop(shift.waiting)
-            log.debug("%s has %s", member, shift.items[index])
             small, large = shift.call(member.handle, shift.items[index])
             shift.running[small] = member, index, large
+
+    def step(self, shift: Shift) -> None:
+        """Waits for somebody to finish, and gives out what waits."""
+        self.give(shift)
         ready, _ = ray.wait([*shift.running, *self.loading], timeout=LOOK)
         for reference in ready:
             if reference in self.loading:
                 self.loaded(self.loading.pop(reference), reference)
             else:
                 self.finished(shift, reference)
+        self.give(shift)  # before the head goes on to merge
         if not self.idle and not shift.running and time.monotonic() - self.since > self.patience:
             raise UserError(
                 f"no actor was ready after {self.patience:.0f} s (wanted: {self.wanted})",
