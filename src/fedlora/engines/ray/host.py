@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ from fedlora.study.experiment import Experiment
 from fedlora.study.summary import Metric
 
 log = logging.getLogger(__name__)
+SECONDS = 10.0
 TURNS = 4
 """Shards for each actor in a round: one that is slow, or lost, leaves little for the others to wait for."""
 
@@ -240,8 +242,9 @@ def connected(engine: EngineSettings) -> Iterator[None]:
             cores = None if engine.actors is None else engine.actors * engine.threads
             ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
         else:
+            reach(engine.address)
             ray.init(address=engine.address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as problem:
+    except (OSError, RuntimeError, ValueError) as problem:
         raise UserError(
             f"[engine] address = {engine.address!r}: {problem}",
             "start a cluster with `ray start --head`, with the same Python and Ray everywhere, or leave address out",
@@ -250,6 +253,13 @@ def connected(engine: EngineSettings) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def reach(address: str) -> None:
+    """An OSError at once where nobody listens at "host:port"; Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), SECONDS).close()
 
 
 def sized(engine: EngineSettings, gpu: bool, resources: Mapping[str, float]) -> int:
