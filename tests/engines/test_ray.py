@@ -19,6 +19,8 @@ import torch
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install fedlora[ray]")
 
+from ray.cluster_utils import Cluster  # noqa: E402
+
 from fedlora.engines.ray.worker import Start, Worker, facts_of  # noqa: E402
 from fedlora.errors import UserError  # noqa: E402
 from fedlora.study.config import load  # noqa: E402
@@ -152,33 +154,37 @@ def until(what: Callable[[], Any], process: subprocess.Popen[bytes], seconds: fl
     return found
 
 
+def rounds(folder: Path) -> int:
+    """How many lines the metrics have, that of round 0 among them."""
+    file = folder / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def pids(folder: Path) -> list[str]:
+    """The actors that were ever ready."""
+    file = folder / "run.log"
+    return re.findall(r"actor \d+ \(pid (\d+) on .+\) is ready", file.read_text()) if file.exists() else []
+
+
 @pytest.mark.slow
 def test_kill_an_actor_then_the_head_then_resume(tmp_path: Path) -> None:
     """From outside, mid-round, with SIGKILL; the private Ray ends with the head."""
     file = world(tmp_path, "rounds = 5\nbatch_size = 8\nsteps = 60\neval_every = 0\n")
     done("run", file, "--out", tmp_path / "here")
     there = tmp_path / "there"
-    log, lines = there / "run.log", there / "metrics.jsonl"
-
-    def rounds() -> int:
-        return len(lines.read_text().splitlines()) if lines.exists() else 0
-
-    def pids() -> list[str]:
-        return re.findall(r"\(pid (\d+) on", log.read_text()) if log.exists() else []
-
     with (tmp_path / "output").open("wb") as output:
         words = command("run", file, "--set", "engine.name=ray", "--out", there)
         head = subprocess.Popen(words, env=ENVIRONMENT, stdout=output, stderr=output)
         try:
-            actors = until(pids, head)
-            until(lambda: rounds() > 1, head)  # the lines of rounds 0 and 1
+            actors = until(lambda: pids(there), head)
+            until(lambda: rounds(there) > 1, head)  # the lines of rounds 0 and 1
             os.kill(int(actors[0]), signal.SIGKILL)
-            until(lambda: rounds() > 3, head)
-            others = {*pids()} - {actors[0]}
+            until(lambda: rounds(there) > 3, head)
+            others = {*pids(there)} - {actors[0]}
         finally:
             head.kill()
             assert head.wait(60) == -signal.SIGKILL, (tmp_path / "output").read_text()[-3000:]
-    assert "round 2 (train) of" in log.read_text()
+    assert "round 2 (train) of" in (there / "run.log").read_text()
     end = time.monotonic() + 60
     while any(Path(f"/proc/{pid}").exists() for pid in others):
         assert time.monotonic() < end, f"actors outlive the head: {others}"
@@ -191,6 +197,34 @@ def test_kill_an_actor_then_the_head_then_resume(tmp_path: Path) -> None:
     )
     done("export", there, "--client", "1", "--to", tmp_path / "exported")
     assert (tmp_path / "exported" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_there_loses_a_node(tmp_path: Path) -> None:
+    """Two nodes with room for one actor each: when one has gone, the other goes on alone. The cluster stays."""
+    file = world(tmp_path, "rounds = 4\nbatch_size = 8\nsteps = 60\neval_every = 0\n")
+    done("run", file, "--out", tmp_path / "here")
+    there = tmp_path / "there"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        second = cluster.add_node(num_cpus=1)
+        words = ("--set", "engine.name=ray", "--set", f"engine.address={cluster.address}", "--out", there)
+        with (tmp_path / "output").open("wb") as output:
+            head = subprocess.Popen(command("run", file, *words), env=ENVIRONMENT, stdout=output, stderr=output)
+            try:
+                until(lambda: len(pids(there)) == 2, head)
+                until(lambda: rounds(there) > 1, head)
+                cluster.remove_node(second, allow_graceful=False)
+                assert head.wait(300) == 0, (tmp_path / "output").read_text()[-3000:]
+            finally:
+                head.kill()
+                head.wait(60)
+        assert cluster.head_node.any_processes_alive()
+    finally:
+        cluster.shutdown()
+    assert re.search(r"actor \d \(pid \d+ on .+\) is lost: round \d \(train\) of", (there / "run.log").read_text())
+    assert len(pids(there)) == 2
+    equal(tmp_path / "here", there)
 
 
 # ---------------------------------------------------------------- what is refused
