@@ -14,8 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
+import transformers
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install fedlora[ray]")
 
@@ -130,6 +132,28 @@ def test_an_actor_that_ends_in_the_middle_of_a_shard(connection: None, tmp_path:
     equal(here, there)
     finished = resume(there, rounds=3).folder  # and longer, with fresh actors and the same shards
     equal(resume(here, rounds=3).folder, finished)
+
+
+@pytest.mark.slow
+def test_objects_instead_of_names(connection: None, tmp_path: Path) -> None:
+    """What Python gave the run goes to the actors with it; by default there are as many actors as cores."""
+    rows = [json.loads(line) for line in tiny.reviews(tmp_path / "x.jsonl", 80).read_text().splitlines()]
+    clients = {name: datasets.Dataset.from_list(rows[i::2]) for i, name in enumerate(("north", "south"))}
+    config = {
+        "model": {"name": "mine", "task": "text-classification", "dtype": "float32"},
+        "data": {"text": "text", "label": "label"},
+        "algorithm": {"name": "fedit"},
+        "training": {"rounds": 1},
+        "engine": {"lanes": 1, "shard": 1},
+    }
+    folder = tiny.encoder(tmp_path / "model")
+    for name in ("simulator", "ray"):
+        model = transformers.AutoModel.from_pretrained(folder)
+        model.processor = tiny.tokenizer()
+        given = {**config, "engine": {**config["engine"], "name": name}}
+        run(given, model=model, clients=clients, out=tmp_path / name)
+    equal(tmp_path / "simulator", tmp_path / "ray")
+    assert len(pids(tmp_path / "ray")) >= 1
 
 
 # ---------------------------------------------------------------- processes of the command line

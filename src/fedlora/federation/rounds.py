@@ -156,7 +156,7 @@ def rounds(
     ``buffered``: fold in the order of ids, so that the result does not depend on the order of replies, bit for bit.
     ``max_norm``: a limit on an update's norm (None: none); ``limits``: one that follows from the norms of the last
     rounds, which are part of the checkpoint. ``shard``: how many clients are folded apart from the others (None: all at
-    once), which where they are folded does not change.
+    once); a result depends on it in the last bits, but not on where they are folded.
     """
     state = canonical(algorithm.server_init(spec, seed)) if resume is None else resume["state"]
     acked: dict[str, int] = {} if resume is None else dict(resume["acked"])

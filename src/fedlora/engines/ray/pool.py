@@ -122,8 +122,9 @@ class Pool:
                 yield found
                 del found  # before the next one is fetched
         finally:
-            for member, _, _ in shift.running.values():  # whoever asked has gone
-                self.end(member)
+            for member, _, _ in shift.running.values():  # whoever asked has gone, the pool perhaps before
+                if member.number in self.members:
+                    self.end(member)
 
     def fetched(self, shift: Shift, turn: int) -> tuple[Any, Any] | None:
         """An item's results, if they are there."""
