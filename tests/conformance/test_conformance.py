@@ -18,9 +18,10 @@ from fedlora.algorithms import ALGORITHMS
 from fedlora.errors import UserError
 from fedlora.federation.admission import fault
 from fedlora.federation.algorithm import Update
+from fedlora.federation.exchange import merge_sums
 from fedlora.federation.memory import DiskMemory
 from fedlora.federation.orders import Fit, Model, Tuned
-from fedlora.federation.rounds import Report, evaluate, merge_sums, rounds
+from fedlora.federation.rounds import Report, evaluate, rounds
 from fedlora.federation.sampling import Cohorts, cohort
 from fedlora.federation.spec import Client, Extras
 from fedlora.federation.wire import decode, encode, same, tensors

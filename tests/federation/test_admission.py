@@ -18,7 +18,8 @@ from conformance.table import world
 from federation.doubles import SPEC, Slow, Toy, simulator
 from fedlora.federation.admission import Limits, Refusal, fault, norm, oversized
 from fedlora.federation.algorithm import Reply, Update
-from fedlora.federation.rounds import Asked, rounds
+from fedlora.federation.exchange import Asked
+from fedlora.federation.rounds import rounds
 from fedlora.federation.spec import Client, Shape
 from fedlora.federation.wire import decode, encode, same
 

@@ -20,9 +20,10 @@ from fedlora.federation.admission import fault
 from fedlora.federation.aggregate import Mean
 from fedlora.federation.algorithm import Reply, Request, Update
 from fedlora.federation.client import handle, numbered
+from fedlora.federation.exchange import in_order, once
 from fedlora.federation.memory import RamMemory
 from fedlora.federation.orders import Model, Score, Work
-from fedlora.federation.rounds import evaluate, in_order, once, rounds
+from fedlora.federation.rounds import evaluate, rounds
 from fedlora.federation.sampling import Cohorts
 from fedlora.federation.spec import Client, Local, ModelSpec, Tree
 from fedlora.federation.wire import encode

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
@@ -110,7 +111,7 @@ class DiskMemory:
     def write(self, run: str, version: int, memory: Any, keep: Collection[int | None]) -> None:
         path = self.path(run, version)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_name(f"{version}-{secrets.token_hex(4)}.tmp")  # nobody else's, should two write at a time
         temporary.write_bytes(encode(memory))
         os.replace(temporary, path)
         self.fresh.add(path)

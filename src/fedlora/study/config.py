@@ -128,16 +128,25 @@ class TrainingSettings(Section):
 
 class EngineSettings(Section):
     """``[engine]``. ``lanes``: how many clients train in one pass over the base (1: the plain reference); ``tokens``:
-    the budget of one pass, padding included.
+    the budget of one pass, padding included; ``shard``: how many clients are folded apart from the others; partial
+    aggregates are merged in order (default: all at once; on Ray a number that follows from the actors).
+
+    On Ray (``name = "ray"``): ``address``: of a cluster that is there, "auto" or "host:port" (default: a private one
+    for the run); ``actors``: how many processes with a base each (default: one a GPU, else one for every ``threads``
+    cores); ``threads``: what each computes with; ``join``: seconds for the first actor to load the base.
 
     Between machines (``fedlora federate``): ``deadline``: seconds that a round waits for its clients; ``quorum``: the
     share of them without which it waits on; ``join``: seconds for the sites to come and load the base; ``message``: the
     largest message of a site, in bytes."""
 
-    name: Literal["simulator"] = "simulator"
+    name: Literal["simulator", "ray"] = "simulator"
     lanes: int | Literal["auto"] = "auto"
     tokens: int | Literal["auto"] = "auto"
     device: str = "auto"
+    shard: int | None = Field(None, ge=1)
+    address: str | None = None
+    actors: int | None = Field(None, ge=1)
+    threads: int = Field(1, ge=1)
     deadline: float = Field(600.0, gt=0)
     quorum: float = Field(0.5, ge=0, le=1)
     join: float = Field(600.0, gt=0)

@@ -120,6 +120,11 @@ class Experiment:
         """None: all participants are this process."""
 
     @property
+    def shard(self) -> int | None:
+        """How many clients are folded apart from the others; None: all at once."""
+        return self.config.engine.shard
+
+    @property
     def identity(self) -> Mapping[str, Any]:
         """What a checkpoint belongs to: the data's hash, and the largest ranks served."""
         return {"population": self.population.digest, "ranks": dict(self.spec.ranks)}

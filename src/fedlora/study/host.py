@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from fedlora.federation.admission import Limits
 from fedlora.federation.algorithm import Algorithm
+from fedlora.federation.exchange import Fleet, Sharded
 from fedlora.federation.orders import Model
-from fedlora.federation.rounds import Fleet
 from fedlora.federation.sampling import Sampler
 from fedlora.federation.spec import Client, ModelSpec, Sums
 from fedlora.learning.backbone import Backbone
@@ -25,6 +25,14 @@ class Durable(Fleet, Protocol):
 
     def flush(self) -> None:
         """Makes them durable: before a checkpoint is saved."""
+        ...
+
+
+class DurableShards(Sharded, Protocol):
+    """The same, of clients that are folded where they are."""
+
+    def flush(self) -> None:
+        """Makes their memories durable: before a checkpoint is saved."""
         ...
 
 
@@ -61,7 +69,12 @@ class Host(Writes, Protocol):
     @property
     def algorithm(self) -> Algorithm[Any, Any, Any]: ...
     @property
-    def fleet(self) -> Durable: ...
+    def fleet(self) -> Durable | DurableShards: ...
+    @property
+    def shard(self) -> int | None:
+        """How many clients are folded apart from the others; None: all at once."""
+        ...
+
     @property
     def run_id(self) -> str: ...
     @property

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,13 @@ from fedlora.federation.spec import Client, stream
 from fedlora.study import folder as files
 from fedlora.study.config import RunConfig, dumps, load, parse
 from fedlora.study.deploy import write_global
-from fedlora.study.experiment import assemble
+from fedlora.study.experiment import Experiment, assemble
 from fedlora.study.host import Adapters, Host
 from fedlora.study.progress import Progress
 from fedlora.study.summary import spread, summarise
+
+Engine = Callable[[Experiment, Mapping[str, Any]], AbstractContextManager[Host]]
+"""Who holds an experiment's clients while it runs; also told what was given as objects instead of by name."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,13 @@ def run(
     if overrides:
         config = config.replace(**overrides)
     folder = files.fresh(out or config.output.dir, f"{name}-{files.safe(config.algorithm.name)}")
-    with files.owned(folder):
+    with files.owned(folder), ExitStack() as stack:
         try:
-            experiment = assemble(config, folder, model=model, clients=clients, models=models)
+            host = stack.enter_context(hosted(config, folder, model=model, clients=clients, models=models))
         except BaseException:
             files.discard_empty(folder)
             raise
-        return proceed(experiment, progress)
+        return proceed(host, progress)
 
 
 def resume(
@@ -80,8 +83,35 @@ def resume(
         config = load(place / "config.toml")
         if rounds is not None:
             config = config.replace(training={"rounds": rounds})
-        experiment = assemble(config, place, model=model, clients=clients, models=models)
-        return proceed(experiment, progress)
+        with hosted(config, place, model=model, clients=clients, models=models) as host:
+            return proceed(host, progress)
+
+
+def on_ray() -> Engine:
+    """The engine on Ray; UserError where Ray is not installed."""
+    try:
+        from fedlora.engines.ray.host import hosted as start
+    except ModuleNotFoundError as problem:
+        if problem.name != "ray":
+            raise
+        raise UserError('[engine] name = "ray": Ray is not installed', "pip install fedlora[ray]") from None
+    return start
+
+
+def here() -> Engine:
+    """The engine that is this process."""
+    return lambda experiment, given: nullcontext(experiment)
+
+
+ENGINES: Mapping[str, Callable[[], Engine]] = {"simulator": here, "ray": on_ray}
+
+
+@contextmanager
+def hosted(config: RunConfig, folder: Path, **given: Any) -> Iterator[Host]:
+    """A run on the engine that it names, ready to start; ``given``: objects instead of names."""
+    engine = ENGINES[config.engine.name]()  # before anything is loaded
+    with engine(assemble(config, folder, **given), given) as host:
+        yield host
 
 
 def proceed(experiment: Host, progress: bool = False) -> Result:
@@ -106,17 +136,18 @@ def _train(experiment: Host, saved: Mapping[str, Any] | None, progress: bool) ->
     """The loop around ``rounds``: score, write the line, checkpoint, tell the loop that it is durable."""
     config, folder = experiment.config, experiment.folder
     training = config.training
-    with Progress(experiment.fleet, training.rounds, progress) as watched, _resumable(folder):
+    with Progress(training.rounds, progress) as watched, _resumable(folder):
         reports = rounds(
             experiment.algorithm,
             experiment.spec,
-            watched,
+            watched.over(experiment.fleet),
             total=training.rounds,
             seed=config.seed,
             run_id=experiment.run_id,
             sampler=experiment.sampler,
             resume=saved,
             limits=experiment.limits,
+            shard=experiment.shard,
         )
         checkpoint = saved
         for report, cost in _timed(reports, experiment):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlora.federation.rounds import merge_sums
+from fedlora.federation.exchange import merge_sums
 from fedlora.federation.spec import Sums
 
 

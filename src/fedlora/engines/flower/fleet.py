@@ -22,7 +22,7 @@ from fedlora.engines.flower.records import Header, frame_of, header_of, pack, si
 from fedlora.errors import UserError
 from fedlora.federation.admission import Limits, oversized
 from fedlora.federation.algorithm import Reply, Request
-from fedlora.federation.rounds import Asked
+from fedlora.federation.exchange import Asked
 from fedlora.federation.spec import Client
 from fedlora.federation.wire import decode, encode
 from fedlora.sites.agreement import differences

@@ -115,6 +115,10 @@ class Federation:
         return {"base": self.backbone}
 
     @property
+    def shard(self) -> None:
+        """None: sites are asked all at once."""
+
+    @property
     def identity(self) -> Mapping[str, Any]:
         """What a checkpoint belongs to."""
         return {"population": self.plan.digest, "ranks": dict(self.spec.ranks)}

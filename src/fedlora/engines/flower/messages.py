@@ -97,7 +97,7 @@ class Presence:
 
 
 def lasting(payload: Mapping[str, Any]) -> frozenset[str]:
-    """The names of what never changes again, "ROUND:NAME" (see ``rounds.unheld``): a site keeps it.
+    """The names of what never changes again, "ROUND:NAME" (see ``exchange.unheld``): a site keeps it.
 
     >>> lasting({"q/A": 0, "000001:q/A": 1})
     frozenset({'000001:q/A'})
