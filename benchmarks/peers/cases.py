@@ -33,8 +33,8 @@ MOST = (OURS, PFL_TUNED)
 
 @dataclass(frozen=True)
 class Case:
-    """A federation of equal clients. ``pilot``: how many of them the search for the best setting takes; ``memory``: what
-    matters is the seconds of a round and the peak of memory."""
+    """A federation of equal clients. ``pilot``: how many of them the search for the best setting takes; ``memory``:
+    what matters is the seconds of a round and the peak of memory."""
 
     name: str
     shape: Shape

@@ -30,7 +30,7 @@ MINILM = Encoder(layers=6, width=384, inner=1536, rank=RANK)
 class Outcome:
     """What a way did on a case: its runs, or why there are none."""
 
-    setting: Setting = Setting()
+    setting: Setting = field(default_factory=Setting)
     runs: list[Run] = field(default_factory=list[Run])
     failure: str | None = None
 
@@ -93,7 +93,7 @@ class Measured:
                 "megabytes": outcome.megabytes,
                 "setting": None if way == OURS else asdict(outcome.setting),
                 "failure": outcome.failure,
-                "runs": [{**asdict(run)} for run in outcome.runs],
+                "runs": [asdict(run) for run in outcome.runs],
             }
         return found
 

@@ -75,5 +75,5 @@ def command(words: list[str]) -> str:
     done = subprocess.run(words, capture_output=True, text=True, env=env)
     if done.returncode:
         last = [line for line in done.stderr.splitlines() if line.strip()][-3:]
-        raise RuntimeError(f"{Path(words[0]).name} {' '.join(words[1:4])}: {' / '.join(last)}")
+        raise RuntimeError(f"{Path(words[0]).name} {' '.join(words[1:4])}: {' / '.join(last)}".replace(str(ROOT), "."))
     return done.stdout

@@ -1,4 +1,4 @@
-"""Matrix products of a client-step of an encoder with LoRA, counted by hand, and the machine's bfloat16 peak for them."""
+"""Matrix products of a client-step of an encoder with LoRA, counted by hand, and the machine's peak for them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Encoder:
         return sum(self.sequence(int(length)) for length in lengths) / steps
 
 
-def peak(encoder: Encoder, tokens: int, seconds: float = 0.5) -> float:
+def peak(encoder: Encoder, tokens: int, seconds: float = 1.0) -> float:
     """Operations a second of the bfloat16 products of one layer with so many tokens: the faster of what torch does
     with a weight as it is and with one that oneDNN has laid out once. The best of several repeats."""
     shapes = [(encoder.width, encoder.width)] * 4 + [(encoder.inner, encoder.width), (encoder.width, encoder.inner)]

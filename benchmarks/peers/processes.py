@@ -1,4 +1,4 @@
-"""One federation in fresh processes: what it is told (a JSON file), what it answers (a line of JSON), and its memory."""
+"""One federation in fresh processes: what it is told (a JSON file), what it answers (a JSON line), and its memory."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import ROOT
+
 INSIDE = Path(__file__).parent / "inside"
-POLL = 0.25
-"""Seconds between two looks at the memory of all processes."""
+POLL, LOOKING = 0.25, 0.02
+"""Seconds between two looks at the memory of all processes, and the share of one core that looking may take."""
 LIMIT = 3600.0
 """Seconds after which a federation is given up."""
 
@@ -62,8 +64,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Run:
-    """What one process tree did. ``seconds`` are those of the rounds after the first, ``start`` those before it;
-    ``megabytes``: the most that all its processes held at once (shared pages once), None where it cannot be told."""
+    """What one process tree did. ``seconds`` are those of the rounds after the first, ``start`` those until its end
+    (libraries, model, data, processes); ``megabytes``: the most that all its processes held at once (shared pages
+    once), None where it cannot be told."""
 
     seconds: Sequence[float]
     start: float
@@ -78,20 +81,17 @@ def run(words: Sequence[str | Path], task: Task, search: Sequence[Path] = ()) ->
         file, out, errors = (Path(place) / name for name in ("task.json", "out", "errors"))
         file.write_text(json.dumps(asdict(task)))
         with out.open("w") as first, errors.open("w") as second:
-            process = subprocess.Popen(
-                [*map(str, words), str(file)],
-                stdout=first,
-                stderr=second,
-                stdin=subprocess.DEVNULL,
-                env=environment(search),
-            )
+            words, begin, env = [*map(str, words), str(file)], time.time(), environment(search)
+            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=first, stderr=second, env=env)
             peak = watch(process)
         lines = [line for line in out.read_text().splitlines() if line.startswith("{")]
         if process.returncode or not lines:
             last = [line for line in errors.read_text().splitlines() if line.strip()][-1:] or ["no output"]
-            raise RuntimeError(f"ended with {process.returncode}: {last[0].strip()}")
+            why = last[0].strip().replace(str(ROOT), ".")
+            raise RuntimeError(f"ended with {process.returncode}: {why}")
         answer = json.loads(lines[-1])
-    return Run(answer.pop("seconds")[1:], answer.pop("start"), peak, answer)
+    first, *seconds = answer.pop("seconds")
+    return Run(seconds, answer.pop("ready") + first - begin, peak, answer)
 
 
 def environment(search: Sequence[Path]) -> dict[str, str]:
@@ -106,12 +106,15 @@ def environment(search: Sequence[Path]) -> dict[str, str]:
 def watch(process: subprocess.Popen[Any]) -> float | None:
     """Waits for the end; the peak of the memory of the process and its descendants, in megabytes."""
     most, end = 0, time.monotonic() + LIMIT
-    while process.poll() is None:
+    while process.returncode is None:
+        begin = time.process_time()
         most = max(most, sum(held(pid) for pid in family(process.pid)))
-        if time.monotonic() > end:
-            process.kill()
-            process.wait()
-        time.sleep(POLL)
+        pause = max(POLL, (time.process_time() - begin) / LOOKING)
+        try:
+            process.wait(pause)
+        except subprocess.TimeoutExpired:
+            if time.monotonic() > end:
+                process.kill()
     return most / 1e6 if most else None
 
 
