@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +116,9 @@ def watch(process: subprocess.Popen[Any]) -> float | None:
             process.wait(pause)
         except subprocess.TimeoutExpired:
             if time.monotonic() > end:
-                process.kill()
+                for pid in family(process.pid):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
     return most / 1e6 if most else None
 
 
