@@ -159,7 +159,7 @@ def versions() -> tuple[dict[str, dict[str, str]], dict[str, str]]:
 def notes(results: Sequence[Measured], found: Mapping[str, Mapping[str, str]]) -> list[str]:
     """How it was measured, what tuning chose and what failed."""
     first, last = results[0].case, results[-1].case
-    types = {r.case.name: run.details["type"] for r in results for run in r.outcomes[OURS].runs[-1:]}
+    types = {r.case.name: sorted({run.details["type"] for run in r.outcomes[OURS].runs}) for r in results}
     lines = [
         f"MiniLM, LoRA of rank {RANK} on query and value and a head, AdamW; {first.clients} clients of {first.steps} "
         f"steps a round, or one step for each of up to {last.clients:,} clients of {last.shape.batch} examples",
@@ -174,7 +174,7 @@ def notes(results: Sequence[Measured], found: Mapping[str, Mapping[str, str]]) -
         "share of the peak: products of a client-step without padding, counted by hand, against the products of one "
         "layer of frozen linears at the tokens of a fused pass, measured between the turns",
         f'fedlora: everything "auto" ({LANES} lanes, {TOKENS} tokens a pass; '
-        + "; ".join(f"{name}: {kind}" for name, kind in types.items())
+        + "; ".join(f"{name}: {' or '.join(kinds)}" for name, kinds in types.items() if kinds)
         + "); no dropout",
     ]
     for name, packages in found.items():

@@ -70,10 +70,10 @@ def constraints() -> dict[str, str]:
 
 
 def command(words: list[str]) -> str:
-    """What it printed; RuntimeError with the last lines of its errors if it failed."""
+    """What it printed; RuntimeError with the last line of its errors if it failed."""
     env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(words, capture_output=True, text=True, env=env)
     if done.returncode:
-        last = [line for line in done.stderr.splitlines() if line.strip()][-3:]
-        raise RuntimeError(f"{Path(words[0]).name} {' '.join(words[1:4])}: {' / '.join(last)}".replace(str(ROOT), "."))
+        last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or ["no output"]
+        raise RuntimeError(f"{Path(words[0]).name} {' '.join(words[1:4])}: {last[0]}".replace(str(ROOT), "."))
     return done.stdout
