@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from benchmarks.lanes import SHAPES
-from benchmarks.peers.cases import FLOWER_PLAIN, FLOWER_TUNED, OURS, PFL_PLAIN, PFL_TUNED, WAYS, Case, cases
+from benchmarks.peers import compare
+from benchmarks.peers.cases import FLOWER_PLAIN, FLOWER_TUNED, OURS, PFL_PLAIN, PFL_TUNED, WAYS, Case, candidates, cases
 from benchmarks.peers.compare import Measured, Outcome, table
 from benchmarks.peers.environments import FLOWER, PFL
 from benchmarks.peers.flops import Encoder
-from benchmarks.peers.processes import Run, Setting
+from benchmarks.peers.processes import Run, Setting, Task
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -73,3 +74,26 @@ def test_cases_and_environments_are_what_is_promised() -> None:
         torch_, *rest = environment.requirements()
         assert torch_.startswith("torch==")
         assert any(name.startswith("peft==") for name in rest)
+
+
+def test_every_case_takes_turns_and_failures_stay_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[tuple[str, bool, int | None]] = []
+
+    def start(way: str, task: Task) -> Run:
+        turns.append((way, task.setting.autocast, task.setting.workers))
+        if way == FLOWER_PLAIN:
+            raise RuntimeError("the actors died")
+        return Run([1.0 if task.setting.autocast else 2.0], 1.0, 500.0, {"type": "bfloat16"})
+
+    monkeypatch.setattr(compare, "start", start)
+    monkeypatch.setattr(compare, "peak", lambda encoder, tokens: 1e12)
+    monkeypatch.setattr(compare, "versions", lambda: ({"flower": {"flwr": "1.41.0"}}, {"pfl": "no such Python"}))
+    report = compare.run(quick=True)
+    rows = {row[0]: row[1:] for row in report.rows}
+    assert rows[FLOWER_PLAIN][:4] == ("failed",) * 4
+    assert rows[PFL_TUNED] == ("failed",) * 5
+    assert rows[FLOWER_TUNED][0].startswith("2.0 (0.50x")
+    assert "failed on 8 x 32 tokens: pfl-research, tuned: no such Python" in report.markdown()
+    trials = len(candidates(quick=True))  # only the first case is tuned, then all ways take turns
+    assert turns[trials][0] == OURS
+    assert [turn[0] for turn in turns[trials + 3 : trials + 6]] == [OURS, FLOWER_PLAIN, FLOWER_TUNED]
