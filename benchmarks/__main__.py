@@ -9,6 +9,7 @@ from collections.abc import Callable
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub
 
 from benchmarks import communication, flower, lanes, memory, startup
+from benchmarks.peers import compare as peers
 from benchmarks.report import Report
 
 BENCHMARKS: dict[str, Callable[[bool], Report]] = {
@@ -17,6 +18,7 @@ BENCHMARKS: dict[str, Callable[[bool], Report]] = {
     "memory": memory.run,
     "lanes": lanes.run,
     "flower": flower.run,
+    "peers": peers.run,
 }
 
 

@@ -105,12 +105,16 @@ def world(shape: Shape, clients: int, steps: int, spec: ModelSpec) -> World:
 # -- the ways
 
 
+def fleet(backbone: Backbone, world: World, lanes: int, tokens: int = 2048) -> Simulator:
+    """The clients in the simulator."""
+    clients = {name: Client(name, world.spec.ranks, examples=len(rows["fit"])) for name, rows in world.splits.items()}
+    learner = Learner({"base": backbone}, TASK, world.examples, world.splits, world.spec, SEED, lanes, tokens)
+    return Simulator(world.algorithm, world.spec, learner, clients, learner.facts, SEED, lanes=lanes)
+
+
 def fedlora_round(backbone: Backbone, world: World, lanes: int) -> Trained:
     """The simulator's own loop, one round."""
-    clients = {name: Client(name, world.spec.ranks, examples=len(rows["fit"])) for name, rows in world.splits.items()}
-    learner = Learner({"base": backbone}, TASK, world.examples, world.splits, world.spec, SEED, lanes=lanes)
-    fleet = Simulator(world.algorithm, world.spec, learner, clients, learner.facts, SEED, lanes=lanes)
-    *_, last = rounds(world.algorithm, world.spec, fleet, total=1, seed=SEED)
+    *_, last = rounds(world.algorithm, world.spec, fleet(backbone, world, lanes), total=1, seed=SEED)
     return last.state["merged"]
 
 

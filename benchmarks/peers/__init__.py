@@ -1,0 +1,1 @@
+"""fedlora's simulator beside Flower's and pfl-research's."""
