@@ -8,13 +8,14 @@ from collections.abc import Callable
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub
 
-from benchmarks import communication, flower, lanes, memory, startup
+from benchmarks import aggregation, communication, flower, lanes, memory, startup
 from benchmarks.report import Report
 
 BENCHMARKS: dict[str, Callable[[bool], Report]] = {
     "startup": startup.run,
     "communication": communication.run,
     "memory": memory.run,
+    "aggregation": aggregation.run,
     "lanes": lanes.run,
     "flower": flower.run,
 }

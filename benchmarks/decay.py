@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from torch import Tensor
 
 FILE = Path(__file__).parent / "decay.json"
 RANKS = {"8/30/200": (8, 30, 200), "4/8/16": (4, 8, 16)}
-ROUNDS, POINTS = 10, 24
+ROUNDS, POINTS = 10, 48
+PLACES = (1, 2, 5, 10, 20, 50, 100, 200, 300)
+"""Of the aggregate's spectrum that are kept."""
 linalg: Any = torch.linalg
 
 
@@ -86,11 +88,13 @@ def train(ranks: Sequence[int], rounds: int) -> Iterator[tuple[Mapping[str, Any]
 @dataclass(frozen=True)
 class Pieces:
     """Of one round: norms by component and singular values by direction, of common and own changes; and the spectrum of
-    the aggregate, as shares of |dW|, with the drift of its right singular vectors since the last round."""
+    the aggregate at ``PLACES``, as shares of |dW|, the share beyond the largest rank, and how far each right singular
+    vector is from the span of the last round's."""
 
     norms: Mapping[str, list[float]]
     directions: Mapping[str, list[float]]
     spectrum: list[float] = field(default_factory=list)
+    rest: list[float] = field(default_factory=list)
     drift: list[float] = field(default_factory=list)
 
 
@@ -117,13 +121,14 @@ def measure(before: Mapping[str, Any], after: Mapping[str, Any], seen: Sequence[
             count = held[:, :, 0].sum(0).clamp_min(1)
             spread = own.view(len(each), rank, -1).square().sum((0, 2)) / (count - 1).clamp_min(1)
             for kind, norm, value in (("common", common.norm(dim=1), common), ("own", spread.sqrt(), own)):
-                norms[f"{kind} {name}"] = _resampled(norm, POINTS)
+                norms[f"{kind} {name}"] = norm.tolist()
                 s = linalg.svdvals(value)
                 directions[f"{kind} {name}"] = _resampled(s / s.norm(), POINTS)
         s = linalg.svdvals(product(after["exact"], site).double())
+        spectrum, rest = (s / s.norm())[[k - 1 for k in PLACES]].tolist(), [float(s[rank:].norm() / s.norm())]
         kept = end[f"{site}/A"] @ a.T
         drift = (1 - kept.square().sum(1)).clamp_min(0).sqrt()
-        found.append(Pieces(norms, directions, (s / s.norm()).tolist(), _resampled(drift, POINTS)))
+        found.append(Pieces(norms, directions, spectrum, rest, _resampled(drift, POINTS)))
     return mean(found)
 
 
@@ -132,13 +137,14 @@ def mean(found: Sequence[Pieces]) -> Pieces:
 
     def of(rows: list[list[float]]) -> list[float]:
         size = min(len(row) for row in rows)
-        return [float(f"{sum(row[k] for row in rows) / len(rows):.4g}") for k in range(size)]
+        return [float(f"{sum(row[k] for row in rows) / len(rows):.3g}") for k in range(size)]
 
     names = found[0].norms
     return Pieces(
         {name: of([one.norms[name] for one in found]) for name in names},
         {name: of([one.directions[name] for one in found]) for name in names},
         of([one.spectrum for one in found]),
+        of([one.rest for one in found]),
         of([one.drift for one in found]),
     )
 
@@ -163,8 +169,8 @@ def main() -> None:
         kept[name] = []
         for before, after, seen in train(ranks, ROUNDS):
             pieces = measure(before, after, seen)
-            kept[name].append(vars(replace(pieces)))
-            print(name, len(kept[name]), pieces.spectrum[:3], pieces.spectrum[max(ranks) - 1 :][:2], flush=True)
+            kept[name].append(vars(pieces))
+            print(name, len(kept[name]), pieces.spectrum, pieces.rest, pieces.drift[::8], flush=True)
     FILE.write_text(json.dumps(kept) + "\n")
 
 
