@@ -60,9 +60,9 @@ class Products:
     """sum_i p_i s_i B_i C_i A_i per site, exact, never mixing factors of two clients; whole parameters as in Mean.
 
     A site is kept as factors [w_i s_i B_i] and [C_i A_i] while those are smaller than their product, and as the product
-    from then on (always, with ``dense``). What comes later waits as factors, up to half of the product's numbers, and
-    is then added in one multiplication: few columns at a time would mostly move memory. So memory is bounded by one and
-    a half dense sums. ``wide``: in float64; otherwise in the updates' own type, at least float32.
+    from then on (always, with ``dense``). What comes later waits as factors, up to as many numbers, and is then added
+    in one multiplication: few columns at a time would mostly move memory. So memory is bounded by two dense sums.
+    ``wide``: in float64; otherwise in the updates' own type, at least float32.
 
     The report is a tree either way: ``site/A, site/B, site/scale = 1``, or ``site/W``.
     """
@@ -83,7 +83,7 @@ class Products:
                 mine: dict[str, Any] = {"left": [], "right": [], "sum": weight * change.to(self.dtype(change))}
             else:
                 left, right = factors(update.arrays, site, self.dtype(update.arrays[f"{site}/A"]))
-                mine = {"left": [weight * left], "right": [right]}
+                mine = {"left": [left.mul_(weight)], "right": [right]}  # s B is nobody else's
             found[site] = self.join(found[site], mine) if site in found else self.settle(mine)
         rest = Mean().accumulate(acc["whole"], client, Update(whole(update.arrays), update.weight, {}))
         return {"weight": acc["weight"] + weight, "sites": found, "whole": rest}
@@ -105,16 +105,18 @@ class Products:
         if not held:
             return dict(found)
         size = found["left"][0].shape[0] * found["right"][0].shape[1]
-        if not self.dense and held < (size / 2 if "sum" in found else size):
+        if not self.dense and held < size:
             return dict(found)
         return {"left": [], "right": [], "sum": self.total(found)}
 
-    def total(self, found: Mapping[str, Any]) -> Tensor:
-        """The dense sum."""
+    def total(self, found: Mapping[str, Any], weight: float = 1.0) -> Tensor:
+        """The dense sum over the weight."""
         if not found["left"]:
-            return found["sum"]
+            return found["sum"] / weight
         left, right = torch.cat(found["left"], 1), torch.cat(found["right"])
-        return torch.addmm(found["sum"], left, right) if "sum" in found else left @ right
+        if "sum" not in found:
+            return left @ right
+        return torch.addmm(found["sum"], left, right, beta=1 / weight, alpha=1 / weight)
 
     def merge(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
         both = {**a["sites"], **b["sites"]}
@@ -128,7 +130,7 @@ class Products:
         tree = Mean().report(acc["whole"])
         for site, found in sorted(acc["sites"].items()):
             if "sum" in found:
-                tree[f"{site}/W"] = self.total(found) / acc["weight"]
+                tree[f"{site}/W"] = self.total(found, acc["weight"])
             else:
                 tree[f"{site}/A"], tree[f"{site}/B"] = torch.cat(found["right"]), torch.cat(found["left"], 1)
                 tree[f"{site}/B"] /= acc["weight"]
