@@ -11,9 +11,9 @@ Away from ties both say the same. Ways, cheapest first; each hands on to the nex
 1. ``iterate``: subspace iteration in float32 with small parts in float64, on the factors or on the product, whichever
    has fewer numbers; it begins with a *start* (last round's right singular vectors) where there is one. It stops by a
    bound that it computes, and gives up early where the spectrum is too flat for its budget of products.
-2. Stacked factors whose rank is below half the smaller side: QR of both and the SVD of the small core, in float64.
-3. Small sites: a dense SVD in float64. Others: the eigenvectors of dW dW^T in float64 (``gram``), whose squares lose
-   nothing that matters: directions below 1e-8 of the largest.
+2. Small sites: a dense SVD in float64, or that of the core of stacked factors.
+3. The eigenvectors of dW dW^T in float64 (``gram``), whose squares lose nothing that matters: directions below 1e-8 of
+   the largest. Where the factors' rank is below half the smaller side, of their core, by QR of both.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ DEAD = 1e-10  # singular values below this share of the largest are rounding
 TOLERANCE = 6e-6  # of the computed bound: float32 itself takes a part of the 1e-5
 STEPS = 16  # products that the iteration may take; by then the Gram matrix is cheaper
 SMALL = 256  # smaller sides up to this one are decomposed densely
+BLOCK = 512  # rows at a time where the whole would only be summed: large fresh memory costs more than the products
 NOISE = 1e-2  # share of every start's vector that is random: no start is blind to a direction
 
 
@@ -178,11 +179,14 @@ def leading(change: Change, rank: int, seed: int, start: Tensor | None = None) -
         if (found := iterate(small, rank, seed, start)) is not None:
             return found
     wide = change.to(torch.float64)
-    stacked = wide.right is not None and 2 * wide.left.shape[1] < min(wide.shape)
-    if stacked or min(wide.shape) <= SMALL:
+    if min(wide.shape) <= SMALL:
         u, s, vt = _exact(wide)
         return Leading(u[:, :rank], s[:rank], vt[:rank].T, float(linalg.vector_norm(s[rank:])))
-    return gram(wide.product(), rank)
+    if wide.right is None or 2 * wide.left.shape[1] >= min(wide.shape):
+        return gram(wide.product(), rank)
+    (left, upper), (right, lower) = _orthonormal(wide.left), _orthonormal(wide.right.T)
+    found = gram(upper @ lower.T, min(rank, len(upper)))
+    return replace(found, u=left @ found.u, v=right @ found.v)
 
 
 def gram(matrix: Tensor, rank: int) -> Leading:
@@ -232,10 +236,11 @@ def iterate(change: Change, rank: int, seed: int, start: Tensor | None = None) -
 def _first(change: Change, u: Tensor, s: Tensor, v: Tensor) -> Leading:
     """The triplets with the norm of the rest, computed from the rest: |dW|^2 - |S|^2 has three digits in float32."""
     if change.right is None:
-        rest = Change(torch.addmm(change.left, (u * s).float(), v.T.float(), alpha=-1))
-    else:
-        kept = v.float()
-        rest = Change(change.left, torch.addmm(change.right, change.right @ kept, kept.T, alpha=-1))
+        rows = zip(torch.split(change.left, BLOCK), torch.split((u * s).float(), BLOCK), strict=True)
+        norms = torch.cat([linalg.vector_norm(row - mine @ v.T.float(), dim=1) for row, mine in rows])
+        return Leading(u, s, v, float(linalg.vector_norm(norms.double())))
+    kept = v.float()
+    rest = Change(change.left, torch.addmm(change.right, change.right @ kept, kept.T, alpha=-1))
     return Leading(u, s, v, rest.norm())
 
 
