@@ -27,6 +27,7 @@ def spectrum(kind: str, size: int, rank: int) -> Tensor:
     return {
         "flat": 1 - k / (2 * size),
         "power": 1 / (1 + k),
+        "square": 1 / (1 + k) ** 2,
         "exponential": torch.exp(-k / 6),
         "steep": 10 ** (-k / 2),
         "knee": torch.where(k < rank, torch.exp(-k / rank), 0.02 * torch.exp(-k / size)),
@@ -43,6 +44,7 @@ def spectrum(kind: str, size: int, rank: int) -> Tensor:
 KINDS = (
     "flat",
     "power",
+    "square",
     "exponential",
     "steep",
     "knee",
@@ -104,6 +106,8 @@ def starts(case: Case, seed: int) -> dict[str, Tensor | None]:
         "none": None,
         "good": case.v[:, : case.rank].T + 1e-3 * noise,
         "orthogonal": case.v[:, -case.rank :].T.contiguous(),  # the answer's complement, an invariant subspace itself
+        "one exchanged at the cut": torch.cat([case.v[:, : case.rank - 1], case.v[:, case.rank : case.rank + 1]], 1).T,
+        "half exchanged": case.v[:, case.rank // 2 : case.rank // 2 + case.rank].T,
         "zero": torch.zeros(case.rank, case.exact.shape[1]),
         "the same row": noise[:1].repeat(case.rank, 1),
         "few rows": case.v[:, :1].T,
@@ -113,7 +117,19 @@ def starts(case: Case, seed: int) -> dict[str, Tensor | None]:
     }
 
 
-NAMES = ("none", "good", "orthogonal", "zero", "the same row", "few rows", "many rows", "another width", "not finite")
+NAMES = (
+    "none",
+    "good",
+    "orthogonal",
+    "one exchanged at the cut",
+    "half exchanged",
+    "zero",
+    "the same row",
+    "few rows",
+    "many rows",
+    "another width",
+    "not finite",
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -146,6 +162,16 @@ def test_gram_is_exact_to_its_squares(case: Case) -> None:
     assert float((found.v.T @ found.v - eye).abs().max()) < 1e-12
     assert float((found.u.T @ found.u - eye).abs().max()) < 1e-12
     assert found.rest == pytest.approx(float(case.s[case.rank :].norm()), abs=1e-7 * case.size)
+
+
+@pytest.mark.parametrize("kind", ["power", "square", "exponential", "knee", "pair at the cut", "cluster at the cut"])
+@pytest.mark.parametrize("name", ["orthogonal", "one exchanged at the cut", "half exchanged"])
+def test_a_start_that_knows_the_wrong_directions_exactly(kind: str, name: str) -> None:
+    """Its residuals are zero: only the random columns know better."""
+    case = Case(kind, (SIDE, 400), 60, seed=7)
+    found = iterate(Change(case.exact.float()), 60, 0, starts(case, 0)[name])
+    if found is not None:
+        case.judge(found.u * found.s @ found.v.T, 1e-5)
 
 
 @pytest.mark.parametrize(

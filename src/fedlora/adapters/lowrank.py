@@ -29,10 +29,11 @@ from fedlora.adapters.algebra import factors, linalg
 from fedlora.federation.spec import Tree, stream
 
 DEAD = 1e-10  # singular values below this share of the largest are rounding
-TOLERANCE = 6e-6  # of the computed bound: float32 itself takes a part of the 1e-5
+TOLERANCE = 7e-6  # of the computed bound: float32 itself takes a part of the 1e-5
 STEPS = 16  # products that the iteration may take; by then the Gram matrix is cheaper
 SMALL = 256  # smaller sides up to this one are decomposed densely
 BLOCK = 512  # rows at a time where the whole would only be summed: large fresh memory costs more than the products
+DOUBT = 16.0  # how much larger than its residual a direction may be that hides in an unresolved column
 NOISE = 1e-2  # share of every start's vector that is random: no start is blind to a direction
 
 
@@ -212,7 +213,8 @@ def iterate(change: Change, rank: int, seed: int, start: Tensor | None = None) -
 
     A step multiplies an orthonormal basis Q by dW or dW^T in turn: ``dW Q = P T``, and the SVD ``T = a S b^T`` gives
     triplets (P a, S, Q b). The next step's product ``dW^T (P a)`` is the next basis and at once the residual
-    ``dW^T (P a) - (Q b) S`` of these, so the check is free. What is returned is a step better than what was checked.
+    ``dW^T (P a) - (Q b) S`` of these, so the check is free; what it bounds is the step just
+    taken, which is what is returned.
     """
     columns, step = width(rank), change
     basis = _orthonormal(_begin(change, columns, seed, start))[0]
@@ -245,7 +247,7 @@ def _first(change: Change, u: Tensor, s: Tensor, v: Tensor) -> Leading:
 
 
 def bound(found: Leading, image: Tensor, rank: int) -> float:
-    """How far the truncation of a subspace's triplets is from dW's own, as a share of |dW|.
+    """How far the truncation by the *next* triplets, those of ``image``, is from dW's own, as a share of |dW|.
 
     ``found`` are triplets with ``dW^T u_i = s_i v_i`` exactly (or the transposed), ``image`` holds ``dW v_i``. Their
     residuals ``e_i = |dW v_i - s_i u_i|`` lie outside the subspace of all u, because the triplets diagonalise dW within
@@ -254,17 +256,22 @@ def bound(found: Leading, image: Tensor, rank: int) -> float:
 
         e_i s_i sqrt(s_i^2 + t^2) / (s_i^2 - t^2),         and never by more than sqrt(s_i^2 + t^2 + e_i^2)
 
-    (to first order in e; the second is that the whole direction is wrong, which is what is left of directions without a
-    singular value, and of ties with the outside, for which the iteration then gives up). t is read within the columns
-    beyond the wanted ones, a quarter into them: larger than what lies outside them all once these have been multiplied
-    a few times, also before they have converged.
+    and that of the next triplets by t / s_i of the first (both to first order in e; the second is that the whole
+    direction is wrong, which is what is left of directions without a singular value, and of ties with the outside, for
+    which the iteration then gives up). t is read within the columns beyond the wanted ones, a quarter into them: larger
+    than what lies outside them all once these have been multiplied a few times, also before they have converged.
+
+    A start may hold a direction in place of a better one, and know it exactly: then no e tells. The better one is in
+    the columns beyond, which are random, but not resolved yet: each of them may stand for one of s_j^2 + DOUBT e_j^2,
+    and what of that exceeds the last wanted one's s^2 counts as lost.
     """
-    t = found.s[rank + (len(found.s) - rank) // 4] ** 2
-    s = found.s[:rank] ** 2
-    e = (image[:, :rank] - found.u[:, :rank] * found.s[:rank]).square().sum(0)
-    mixed = e * s * (s + t) / (s - t).clamp_min(0).square()
+    every = found.s**2
+    residuals = (image - found.u * found.s).square().sum(0)
+    t, s, e = every[rank + (len(every) - rank) // 4], every[:rank], residuals[:rank]
+    mixed = e * t * (s + t) / (s - t).clamp_min(0).square()  # s and t are squares here
     moved = torch.minimum(mixed.nan_to_num(math.inf, math.inf), s + t + e)
-    return math.sqrt(float(moved.sum() / (found.s**2).sum().clamp_min(1e-300)))
+    passed = (every[rank:] + DOUBT * residuals[rank:] - s[-1]).clamp_min(0)
+    return math.sqrt(float((moved.sum() + passed.sum()) / every.sum().clamp_min(1e-300)))
 
 
 def _hopeless(s: Tensor, rank: int, limit: float, previous: float, left: int) -> bool:
