@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub
 
-from benchmarks import communication, flower, lanes, memory, startup
-from benchmarks.peers import compare as peers
+from benchmarks import aggregation, communication, flower, lanes, memory, peers, startup
 from benchmarks.report import Report
 
 BENCHMARKS: dict[str, Callable[[bool], Report]] = {
     "startup": startup.run,
     "communication": communication.run,
     "memory": memory.run,
+    "aggregation": aggregation.run,
     "lanes": lanes.run,
     "flower": flower.run,
     "peers": peers.run,

@@ -1,4 +1,4 @@
-"""Pure functions on trees: differences, low-rank products, rank changes, truncated SVD.
+"""Pure functions on trees: differences, low-rank products, rank changes. (Truncated SVD: ``lowrank``.)
 
 Nothing here changes its inputs; results may share tensors with them. A site's change of its base weight is
 ``dW = s B C A`` (C only where there is one) or ``W``, (out, in).
@@ -18,7 +18,6 @@ from fedlora.federation.spec import Shape, Tree, stream
 
 FACTORS = ("A", "B", "C", "W", "scale")
 linalg: Any = torch.linalg  # untyped in torch
-DEAD = 1e-10  # singular values below this share of the largest are rounding
 
 
 def sites(tree: Tree) -> list[str]:
@@ -161,55 +160,6 @@ def stack(trees: Sequence[Tree], shares: Sequence[float]) -> dict[str, Tensor]:
         stacked[f"{site}/B"] = torch.cat([share * left for share, left, _ in pairs], 1)
         stacked[f"{site}/scale"] = torch.ones((), dtype=stacked[f"{site}/B"].dtype)
     return stacked
-
-
-def svd(tree: Tree, site: str) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S, V^T of one site's dW in float64; by QR of the factors where their rank is below half the smaller side."""
-    if f"{site}/W" in tree:
-        return _svd(tree[f"{site}/W"].double())
-    left, right = factors(tree, site, torch.float64)
-    if 2 * left.shape[1] >= min(left.shape[0], right.shape[1]):
-        return _svd(left @ right)
-    (left, upper), (right, lower) = _qr(left), _qr(right.T)
-    u, s, vt = _svd(upper @ lower.T)
-    return left @ u, s, vt @ right.T
-
-
-def _qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    q, r = linalg.qr(matrix)
-    return q, r
-
-
-def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    u, s, vt = linalg.svd(matrix, full_matrices=False)
-    return u, s, vt
-
-
-def truncate(tree: Tree, site: str, rank: int, seed: int) -> tuple[Tensor, Tensor, float]:
-    """(A, B, error) of the best rank-r approximation of dW: A = V_r^T (orthonormal rows), B = U_r S_r for scale 1,
-    error = |dW - B A| / |dW|. The rank is clamped to min(out, in); A (r, in), B (out, r), float64.
-
-    Rows without a singular value are a *seeded* completion, never the SVD's own null vectors: those are decided by
-    rounding, so another order of replies would serve other rows. Signs are fixed for the same reason.
-    """
-    u, s, vt = svd(tree, site)
-    rank = min(rank, u.shape[0], vt.shape[1])
-    live = int((s > DEAD * max(float(s[0]), 1e-300)).sum())
-    kept = min(rank, live)
-    sign = torch.sign(vt[:kept].gather(1, vt[:kept].abs().argmax(1, keepdim=True)))
-    left = functional.pad(u[:, :kept] * sign.T * s[:kept], (0, rank - kept))
-    error = float(s[kept:].square().sum().sqrt() / s.square().sum().sqrt().clamp_min(1e-300))
-    return complete(vt[:kept] * sign, rank, seed), left, error
-
-
-def complete(rows: Tensor, rank: int, seed: int) -> Tensor:
-    """Orthonormal rows (k, in), continued to ``rank`` of them by a seeded draw."""
-    draw = torch.randn(rank - rows.shape[0], rows.shape[1], generator=stream(seed, "complete"), dtype=rows.dtype)
-    if not len(draw):
-        return rows
-    for _ in range(2):  # once leaves rounding, twice is enough
-        draw = draw - draw @ rows.T @ rows
-    return torch.cat([rows, _qr(draw.T)[0].T])
 
 
 def mixture(trees: Mapping[str, Tree], shares: Mapping[str, float]) -> dict[str, Tensor]:

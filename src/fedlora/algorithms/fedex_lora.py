@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fedlora.adapters.algebra import DEAD, add, cast, difference, frobenius, product, shapes, svd
+from fedlora.adapters.algebra import add, cast, difference, frobenius, product, shapes
+from fedlora.adapters.lowrank import DEAD, svd
 from fedlora.algorithms.merging import Spread, equal_ranks, received, residual, sent, start, trained
 from fedlora.federation.algorithm import Algorithm, Kind, Update
 from fedlora.federation.orders import Model, Training, Work

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedlora.adapters.algebra import adapter, add, cast, difference, ranks, shapes, sites, truncate, whole
+from fedlora.adapters.algebra import adapter, add, cast, difference, ranks, shapes, sites, whole
+from fedlora.adapters.lowrank import truncate
 from fedlora.algorithms.merging import Average, Bucket, Merging, Svd, trained
 from fedlora.federation.algorithm import Aggregator, Algorithm, Kind, Update
 from fedlora.federation.orders import Model, Training, Work

@@ -59,12 +59,16 @@ def _union(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
 class Products:
     """sum_i p_i s_i B_i C_i A_i per site, exact, never mixing factors of two clients; whole parameters as in Mean.
 
-    A site is kept as stacked factors [w_i s_i B_i] and [C_i A_i] while those are smaller than their product, and as the
-    product from then on (always, with ``dense``): memory is bounded by the dense sum. The report is a tree either way:
-    ``site/A, site/B, site/scale = 1``, or ``site/W``.
+    A site is kept as factors [w_i s_i B_i] and [C_i A_i] while those are smaller than their product, and as the product
+    from then on (always, with ``dense``). What comes later waits as factors, up to as many numbers, and is then added
+    in one multiplication: few columns at a time would mostly move memory. So memory is bounded by two dense sums.
+    ``wide``: in float64; otherwise in the updates' own type, at least float32.
+
+    The report is a tree either way: ``site/A, site/B, site/scale = 1``, or ``site/W``.
     """
 
     dense: bool = False
+    wide: bool = True
     streaming = True
     linear = True  # in the lifted update s B C A
 
@@ -75,32 +79,44 @@ class Products:
         weight, found = float(update.weight), dict(acc["sites"])
         for site in sites(update.arrays):
             if f"{site}/W" in update.arrays:
-                mine = {"sum": weight * update.arrays[f"{site}/W"].double()}
+                change = update.arrays[f"{site}/W"]
+                mine: dict[str, Any] = {"left": [], "right": [], "sum": weight * change.to(self.dtype(change))}
             else:
-                left, right = factors(update.arrays, site, torch.float64)
-                mine = {"left": weight * left, "right": right}
+                left, right = factors(update.arrays, site, self.dtype(update.arrays[f"{site}/A"]))
+                mine = {"left": [left.mul_(weight)], "right": [right]}  # s B is nobody else's
             found[site] = self.join(found[site], mine) if site in found else self.settle(mine)
         rest = Mean().accumulate(acc["whole"], client, Update(whole(update.arrays), update.weight, {}))
         return {"weight": acc["weight"] + weight, "sites": found, "whole": rest}
 
-    def join(self, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The sum of two sites' accumulators."""
-        if "left" in a and "left" in b:
-            return self.settle(
-                {"left": torch.cat([a["left"], b["left"]], 1), "right": torch.cat([a["right"], b["right"]])}
-            )
-        if "left" in a:
-            a, b = b, a
-        return {"sum": torch.addmm(a["sum"], b["left"], b["right"]) if "left" in b else a["sum"] + b["sum"]}
+    def dtype(self, value: Tensor) -> torch.dtype:
+        """The type that a site is summed in."""
+        return torch.float64 if self.wide else torch.promote_types(value.dtype, torch.float32)
 
-    def settle(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The smaller of factors and product."""
-        if "sum" in found:
+    def join(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+        """The sum of two sites' accumulators."""
+        both = {"left": [*a["left"], *b["left"]], "right": [*a["right"], *b["right"]]}
+        if sums := [one["sum"] for one in (a, b) if "sum" in one]:
+            both["sum"] = sums[0] if len(sums) == 1 else sums[0] + sums[1]
+        return self.settle(both)
+
+    def settle(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        """Factors while they are few."""
+        held = sum(factor.numel() for factor in (*found["left"], *found["right"]))
+        if not held:
             return dict(found)
-        left, right = found["left"], found["right"]
-        if self.dense or left.numel() + right.numel() >= left.shape[0] * right.shape[1]:
-            return {"sum": left @ right}
-        return {"left": left, "right": right}
+        size = found["left"][0].shape[0] * found["right"][0].shape[1]
+        if not self.dense and held < size:
+            return dict(found)
+        return {"left": [], "right": [], "sum": self.total(found)}
+
+    def total(self, found: Mapping[str, Any], weight: float = 1.0) -> Tensor:
+        """The dense sum over the weight."""
+        if not found["left"]:
+            return found["sum"] / weight
+        left, right = torch.cat(found["left"], 1), torch.cat(found["right"])
+        if "sum" not in found:
+            return left @ right
+        return torch.addmm(found["sum"], left, right, beta=1 / weight, alpha=1 / weight)
 
     def merge(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
         both = {**a["sites"], **b["sites"]}
@@ -114,10 +130,11 @@ class Products:
         tree = Mean().report(acc["whole"])
         for site, found in sorted(acc["sites"].items()):
             if "sum" in found:
-                tree[f"{site}/W"] = found["sum"] / acc["weight"]
+                tree[f"{site}/W"] = self.total(found, acc["weight"])
             else:
-                tree[f"{site}/A"], tree[f"{site}/B"] = found["right"], found["left"] / acc["weight"]
-                tree[f"{site}/scale"] = torch.ones((), dtype=torch.float64)
+                tree[f"{site}/A"], tree[f"{site}/B"] = torch.cat(found["right"]), torch.cat(found["left"], 1)
+                tree[f"{site}/B"] /= acc["weight"]
+                tree[f"{site}/scale"] = torch.ones((), dtype=tree[f"{site}/A"].dtype)
         return tree
 
 

@@ -1,0 +1,231 @@
+"""Truncated SVD by every way, against float64: random spectra and shapes, good and useless starts, ties at the cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedlora.adapters import lowrank
+from fedlora.adapters.lowrank import SMALL, TOLERANCE, Change, gram, iterate, leading, truncate
+
+linalg: Any = torch.linalg
+WIDE = torch.float64
+SIDE = SMALL + 24  # the smaller side of what is not decomposed densely
+
+
+def orthonormal(rows: int, columns: int, g: torch.Generator) -> Tensor:
+    return linalg.qr(torch.randn(rows, columns, generator=g, dtype=WIDE))[0]
+
+
+def spectrum(kind: str, size: int, rank: int) -> Tensor:
+    k = torch.arange(size, dtype=WIDE)
+    return {
+        "flat": 1 - k / (2 * size),
+        "power": 1 / (1 + k),
+        "square": 1 / (1 + k) ** 2,
+        "exponential": torch.exp(-k / 6),
+        "steep": 10 ** (-k / 2),
+        "knee": torch.where(k < rank, torch.exp(-k / rank), 0.02 * torch.exp(-k / size)),
+        "pair at the cut": torch.exp(-(k - (k == rank).double()) / 6),
+        "cluster at the cut": torch.where(
+            (k >= rank - 3) & (k < rank + 3), 0.5, torch.exp(-k / 6) * (k < rank) * 2 + 1e-4
+        ),
+        "plateau at the cut": torch.where((k >= rank // 2) & (k < size - 9), 0.1, torch.exp(-k / 6)),
+        "deficient": torch.exp(-k / 6) * (k < rank // 2 + 1),
+        "zero": torch.zeros(size, dtype=WIDE),
+    }[kind]
+
+
+KINDS = (
+    "flat",
+    "power",
+    "square",
+    "exponential",
+    "steep",
+    "knee",
+    "pair at the cut",
+    "cluster at the cut",
+    "plateau at the cut",
+    "deficient",
+    "zero",
+)
+
+
+class Case:
+    """A matrix of a known spectrum: dense, or as the sum of 2 stacked factors; and its exact truncation."""
+
+    def __init__(self, kind: str, shape: tuple[int, int], rank: int, seed: int, terms: int | None = None) -> None:
+        g = torch.Generator().manual_seed(seed)
+        size = min(*shape, terms or max(shape))
+        s = spectrum(kind, size, rank).sort(descending=True).values
+        u, v = orthonormal(shape[0], size, g), orthonormal(shape[1], size, g)
+        self.kind, self.rank, self.s, self.v = kind, rank, s, v
+        mix = orthonormal(size, size, g)  # factors whose columns are no singular vectors
+        if terms:
+            self.tree = {"q/B": (u * s) @ mix, "q/A": mix.T @ v.T, "q/scale": torch.tensor(1.0, dtype=WIDE)}
+        else:
+            self.tree = {"q/W": u * s @ v.T}
+        self.exact = u * s @ v.T
+        self.best = u[:, :rank] * s[:rank] @ v[:, :rank].T
+        self.size = max(float(self.exact.norm()), 1e-300)
+        # how near the best product any other can be required to be: a tie at the cut leaves it open
+        self.unique = (
+            rank >= size or float(s[rank - 1] - s[rank]) > 1e-3 * float(s[rank - 1]) or float(s[rank - 1]) == 0
+        )
+
+    def single(self) -> dict[str, Tensor]:
+        return {key: value.float() for key, value in self.tree.items()}
+
+    def judge(self, product: Tensor, limit: float) -> None:
+        """``lowrank``'s meaning of an error."""
+        lost = float((self.exact - product).square().sum()) - float(self.s[self.rank :].square().sum())
+        rounding = 1e-13 * self.size**2
+        assert lost <= (limit * self.size) ** 2 + rounding
+        if self.unique:
+            assert float((product - self.best).norm()) <= limit * self.size
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    shape = draw(st.sampled_from([(SIDE, SIDE), (SIDE, 400), (400, SIDE)]))
+    terms = draw(st.sampled_from([None, None, 90, 200]))
+    return Case(
+        draw(st.sampled_from(KINDS)), shape, draw(st.sampled_from([1, 4, 12, 30])), draw(st.integers(0, 999)), terms
+    )
+
+
+def starts(case: Case, seed: int) -> dict[str, Tensor | None]:
+    g = torch.Generator().manual_seed(seed)
+    noise = torch.randn(case.rank, case.exact.shape[1], generator=g, dtype=WIDE) / case.exact.shape[1] ** 0.5
+    return {
+        "none": None,
+        "good": case.v[:, : case.rank].T + 1e-3 * noise,
+        "orthogonal": case.v[:, -case.rank :].T.contiguous(),  # the answer's complement, an invariant subspace itself
+        "one exchanged at the cut": torch.cat([case.v[:, : case.rank - 1], case.v[:, case.rank : case.rank + 1]], 1).T,
+        "half exchanged": case.v[:, case.rank // 2 : case.rank // 2 + case.rank].T,
+        "zero": torch.zeros(case.rank, case.exact.shape[1]),
+        "the same row": noise[:1].repeat(case.rank, 1),
+        "few rows": case.v[:, :1].T,
+        "many rows": case.v[:, : case.rank + 60].T,
+        "another width": torch.ones(case.rank, 7),
+        "not finite": torch.full((case.rank, case.exact.shape[1]), float("nan")),
+    }
+
+
+NAMES = (
+    "none",
+    "good",
+    "orthogonal",
+    "one exchanged at the cut",
+    "half exchanged",
+    "zero",
+    "the same row",
+    "few rows",
+    "many rows",
+    "another width",
+    "not finite",
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.sampled_from(NAMES), st.booleans(), st.integers(0, 99))
+def test_no_spectrum_and_no_start_leads_above_1e_5(case: Case, name: str, wide: bool, seed: int) -> None:
+    tree = case.tree if wide else case.single()
+    a, b, error = truncate(tree, "q", case.rank, seed, starts(case, seed)[name])
+    assert (a.shape, b.shape) == ((case.rank, case.exact.shape[1]), (case.exact.shape[0], case.rank))
+    case.judge(b.float().double() @ a.float().double(), 1e-5)  # as it is served
+    assert float((a @ a.T - torch.eye(case.rank, dtype=WIDE)).abs().max()) < 1e-9
+    assert error == pytest.approx(float(case.s[case.rank :].norm()) / case.size, abs=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases(), st.sampled_from(NAMES), st.integers(0, 99))
+def test_the_iteration_keeps_its_bound_or_gives_up(case: Case, name: str, seed: int) -> None:
+    change = lowrank.change_of(case.tree, "q").to(torch.float32)
+    found = iterate(change, case.rank, seed, starts(case, seed)[name])
+    if found is not None:
+        case.judge(found.u * found.s @ found.v.T, TOLERANCE + 1e-6)
+        assert found.rest == pytest.approx(float(case.s[case.rank :].norm()), rel=1e-3, abs=1e-5 * case.size)
+
+
+@settings(max_examples=20, deadline=None)
+@given(cases())
+def test_gram_is_exact_to_its_squares(case: Case) -> None:
+    found = gram(case.exact, case.rank)
+    case.judge(found.u * found.s @ found.v.T, 1e-6)
+    eye = torch.eye(case.rank, dtype=WIDE)
+    assert float((found.v.T @ found.v - eye).abs().max()) < 1e-12
+    assert float((found.u.T @ found.u - eye).abs().max()) < 1e-12
+    assert found.rest == pytest.approx(float(case.s[case.rank :].norm()), abs=1e-7 * case.size)
+
+
+@pytest.mark.parametrize("kind", ["power", "square", "exponential", "knee", "pair at the cut", "cluster at the cut"])
+@pytest.mark.parametrize("name", ["orthogonal", "one exchanged at the cut", "half exchanged"])
+def test_a_start_that_knows_the_wrong_directions_exactly(kind: str, name: str) -> None:
+    """Its residuals are zero: only the random columns know better."""
+    case = Case(kind, (SIDE, 400), 60, seed=7)
+    found = iterate(Change(case.exact.float()), 60, 0, starts(case, 0)[name])
+    if found is not None:
+        case.judge(found.u * found.s @ found.v.T, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "converges"), [("exponential", True), ("steep", True), ("knee", True), ("flat", False), ("zero", True)]
+)
+def test_which_spectra_the_iteration_takes(kind: str, converges: bool) -> None:
+    case = Case(kind, (SIDE, 400), 12, seed=1)
+    assert (iterate(Change(case.exact.float()), 12, 0) is not None) == converges
+
+
+@pytest.mark.parametrize("terms", [None, 90])
+def test_a_good_start_saves_products(terms: int | None) -> None:
+    case = Case("exponential", (SIDE, 400), 12, seed=2, terms=terms)
+    taken = {name: steps(case, starts(case, 0)[name]) for name in ("none", "good", "orthogonal")}
+    assert taken["good"] < taken["none"] <= taken["orthogonal"] + 1
+
+
+def steps(case: Case, start: Tensor | None) -> int:
+    """The products that the iteration took."""
+    counted: list[int] = []
+
+    class Counted(Change):
+        def times(self, columns: Tensor) -> Tensor:
+            counted.append(columns.shape[1])
+            return super().times(columns)
+
+        @property
+        def transposed(self) -> Change:
+            return Counted(**vars(super().transposed))
+
+    change = lowrank.change_of(case.tree, "q").to(torch.float32)
+    assert iterate(Counted(**vars(change)), case.rank, 0, start) is not None
+    return len(counted)
+
+
+def test_the_start_decides_only_last_digits_and_seeds_decide_the_rest() -> None:
+    case = Case("deficient", (SIDE, 400), 12, seed=3)
+    one, two, other = (
+        truncate(case.single(), "q", 12, seed, start)
+        for seed, start in ((5, None), (5, starts(case, 0)["good"]), (6, None))
+    )
+    assert torch.allclose(one[0], two[0], atol=1e-4)
+    assert torch.allclose(one[1], two[1], atol=1e-5)
+    live = 7
+    assert float(one[1][:, live:].abs().max()) == 0  # completed, not the rounding's null vectors
+    assert float((one[0][live:] - other[0][live:]).abs().max()) > 0.01
+    again = truncate(case.single(), "q", 12, 5)
+    assert torch.equal(one[0], again[0])
+    assert torch.equal(one[1], again[1])
+
+
+def test_tall_wide_and_stacked_agree() -> None:
+    case = Case("exponential", (SIDE, 400), 12, seed=4, terms=90)
+    for change in (lowrank.change_of(case.tree, "q"), Change(case.exact)):
+        one, two = leading(change, 12, 0), leading(change.transposed, 12, 0).swapped
+        assert torch.allclose(one.s, two.s, rtol=1e-4, atol=1e-6 * case.size)
+        case.judge(two.u * two.s @ two.v.T, 1e-5)
