@@ -236,7 +236,8 @@ def iterate(change: Change, rank: int, seed: int, start: Tensor | None = None) -
 
 
 def _first(change: Change, u: Tensor, s: Tensor, v: Tensor) -> Leading:
-    """The triplets with the norm of the rest, computed from the rest: |dW|^2 - |S|^2 has three digits in float32."""
+    """The triplets with the norm of the rest, computed from the rest: |dW|^2 - |S|^2 has three digits in float32. Of
+    factors it is told to 1e-4 |dW|: their Gram matrices cancel where what they leave is less."""
     if change.right is None:
         rows = zip(torch.split(change.left, BLOCK), torch.split((u * s).float(), BLOCK), strict=True)
         norms = torch.cat([linalg.vector_norm(row - mine @ v.T.float(), dim=1) for row, mine in rows])
