@@ -34,6 +34,7 @@ STEPS = 16  # products that the iteration may take; by then the Gram matrix is c
 SMALL = 256  # smaller sides up to this one are decomposed densely
 BLOCK = 512  # rows at a time where the whole would only be summed: large fresh memory costs more than the products
 DOUBT = 16.0  # how much larger than its residual a direction may be that hides in an unresolved column
+CANCELS = 1e-2  # share of |dW| below which Gram matrices of factors say little of it in float32
 NOISE = 1e-2  # share of every start's vector that is random: no start is blind to a direction
 
 
@@ -236,15 +237,17 @@ def iterate(change: Change, rank: int, seed: int, start: Tensor | None = None) -
 
 
 def _first(change: Change, u: Tensor, s: Tensor, v: Tensor) -> Leading:
-    """The triplets with the norm of the rest, computed from the rest: |dW|^2 - |S|^2 has three digits in float32. Of
-    factors it is told to 1e-4 |dW|: their Gram matrices cancel where what they leave is less."""
+    """The triplets with the norm of the rest, computed from the rest: |dW|^2 - |S|^2 has three digits in float32."""
     if change.right is None:
         rows = zip(torch.split(change.left, BLOCK), torch.split((u * s).float(), BLOCK), strict=True)
         norms = torch.cat([linalg.vector_norm(row - mine @ v.T.float(), dim=1) for row, mine in rows])
         return Leading(u, s, v, float(linalg.vector_norm(norms.double())))
     kept = v.float()
     rest = Change(change.left, torch.addmm(change.right, change.right @ kept, kept.T, alpha=-1))
-    return Leading(u, s, v, rest.norm())
+    size = rest.norm()
+    if size < CANCELS * float(linalg.vector_norm(s)):
+        size = rest.to(torch.float64).norm()
+    return Leading(u, s, v, size)
 
 
 def bound(found: Leading, image: Tensor, rank: int) -> float:
