@@ -24,6 +24,7 @@ ALLOWED = {
     "fedlora.federation.spec",
     "fedlora.federation.aggregate",
     "fedlora.adapters.algebra",
+    "fedlora.adapters.lowrank",
     "fedlora.algorithms.distillation",
     "fedlora.algorithms.prototypes",
     "fedlora.errors",
