@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from engines.commands import ENVIRONMENT, command, done
 from study import tiny
 
 pytestmark = pytest.mark.slow
@@ -24,7 +24,6 @@ SYSTEMS = {
     "ce-lora": 'name = "ce-lora"\n',
 }
 CLIENTS = {"flexlora": "ranks = [2, 4]\n"}
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def world(folder: Path, system: str = "fedit", rounds: int = 2, **sections: str) -> Path:
@@ -44,16 +43,6 @@ def world(folder: Path, system: str = "fedit", rounds: int = 2, **sections: str)
     )
     file.write_text(file.read_text().replace("lanes = 2", "lanes = 1"))
     return file
-
-
-def command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "fedlora.cli", *map(str, words)]
-
-
-def done(*words: object) -> str:
-    ended = subprocess.run(command(*words), capture_output=True, text=True, env=ENVIRONMENT, timeout=400)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return ended.stdout
 
 
 def adapters(run: Path) -> dict[str, bytes]:

@@ -23,6 +23,7 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install fedlo
 
 from ray.cluster_utils import Cluster  # noqa: E402
 
+from engines.commands import ENVIRONMENT, command, done  # noqa: E402
 from fedlora.engines.ray.worker import Start, Worker, facts_of  # noqa: E402
 from fedlora.errors import UserError  # noqa: E402
 from fedlora.study.config import load  # noqa: E402
@@ -30,7 +31,6 @@ from fedlora.study.experiment import assemble  # noqa: E402
 from fedlora.study.run import resume, run  # noqa: E402
 from study import tiny  # noqa: E402
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 SHORT = "rounds = 2\nbatch_size = 8\nepochs = 1\n"
 SYSTEMS: dict[str, dict[str, Any]] = {
     "fedit": {"training": {"eval_everyone": True}},
@@ -64,15 +64,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def connection() -> Iterator[None]:
-    """One Ray for all runs in this process: a run uses a connection that is there."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 def world(folder: Path, training: str = SHORT) -> Path:
@@ -157,16 +148,6 @@ def test_objects_instead_of_names(connection: None, tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- processes of the command line
-
-
-def command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "fedlora.cli", *map(str, words)]
-
-
-def done(*words: object) -> str:
-    ended = subprocess.run(command(*words), capture_output=True, text=True, env=ENVIRONMENT, timeout=400)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return ended.stdout
 
 
 def until(what: Callable[[], Any], process: subprocess.Popen[bytes], seconds: float = 180.0) -> Any:

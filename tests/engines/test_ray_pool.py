@@ -44,14 +44,6 @@ def actor(folder: Path) -> Any:
     return Toy
 
 
-@pytest.fixture(scope="module")
-def connection() -> Iterator[None]:
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-
-
 @pytest.fixture
 def pools(connection: None, tmp_path: Path) -> Iterator[Pools]:
     made: list[Pool] = []

@@ -37,7 +37,8 @@ class Update:
 
 
 class Aggregator(Protocol[Acc, Value_co]):
-    """A commutative monoid over updates; accumulators are plain values, reports are float64."""
+    """A commutative monoid over updates; accumulators are plain values. Reports are float64, unless the algorithm asks
+    for less (``Products(wide=False)``)."""
 
     @property
     def streaming(self) -> bool:
