@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -45,7 +46,7 @@ def test_every_unit_is_in_one_group_with_its_lane(rule: Computed, lanes: list[li
     lengths = np.array([length for lane in lanes for length in lane])
     ends = np.cumsum([len(lane) for lane in lanes])
     work = {k: np.arange(end - len(lane), end)[::-1] for k, (end, lane) in enumerate(zip(ends, lanes))}
-    groups = cut(work, lengths, budget, rule)
+    groups = cut(work, lengths, budget, partial(borders, computed=rule))
     seen = [(int(k), int(p), int(u)) for g in groups for k, p, u in zip(g.lanes, g.places, g.units)]
     assert sorted(seen) == sorted((k, p, int(u)) for k, units in work.items() for p, u in enumerate(units))
     for group in groups:

@@ -54,12 +54,13 @@ def orders(spec, optimizer: Optimizer, core: bool = False, epochs: int = 5) -> d
 def test_batches_of_few_shapes_change_nothing_else(
     kind: str, lanes: int, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What bfloat16 does to its batches, tried in float64: longer rows, more rows, the same numbers."""
+    """What bfloat16 does to its batches, tried in float64: longer rows, more rows, the same numbers
+    (by SGD: AdamW divides gradients of rounding alone by their own size)."""
     found = []
     for coarse in (False, True):
         monkeypatch.setattr("fedlora.learning.learner.COMPILED", (torch.float64,) if coarse else ())
         executor = world(kind, lanes, dropout=dropout)
-        fitted = run(executor, orders(executor.spec, ADAMW, epochs=2))
+        fitted = run(executor, orders(executor.spec, Optimizer("sgd", 0.05), epochs=2))
         models = {c: Model(fitted[c].params) for c in CLIENTS}
         scored = run(executor, {c: Score(m, "test") for c, m in models.items()})
         features = run(executor, {c: Features(m, "holdout") for c, m in models.items()})

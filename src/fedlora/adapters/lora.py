@@ -3,7 +3,8 @@
     row x of lane k:   h = W0 x (+ shared change) + sum over slots of  weight_k * scale_k * B_k C_k A_k x
 
 The rows of a batch are sorted by lane, so that each lane's rows are one contiguous segment: its factors meet its own
-rows only. A non-finite number in one lane therefore never reaches another. Ranks are zero-padded to the stack's; the
+rows only (or, where all numbers are finite, foreign rows times zero). A non-finite number in one lane therefore never
+reaches another. Ranks are zero-padded to the stack's; the
 padding of A, B and C receives a gradient of exactly zero.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from fedlora.federation.spec import derive
 
 Segment = tuple[int, int, int]
 """(lane, first row, one past the last row)."""
+WIDE = 512
+"""The most lanes * rank of one product for all lanes: beyond, its zeros cost more than the calls that it saves."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +65,9 @@ class Dropout:
 class Plan:
     """What the adapted layers do in one pass.
 
-    ``merged``: replaced base weights (out, in), for bases whose weight is known; see ``merged_weight``.
+    ``merged``: replaced base weights (out, in), for bases whose weight is known; see ``merged_weight``; ``owners``:
+    for passes in which all lanes' factors meet all rows in one product, by rank (rows, lanes * rank), 1 where a row is
+    the lane's; None where each meets its own segment.
     """
 
     segments: tuple[Segment, ...]
@@ -70,10 +75,23 @@ class Plan:
     dense: Mapping[str, tuple[Dense, ...]] = field(default_factory=dict[str, tuple[Dense, ...]])
     merged: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     dropout: Dropout | None = None
+    owners: Mapping[int, Tensor] | None = None
 
     @property
     def rows(self) -> int:
         return self.segments[-1][2]
+
+    def together(self, dtype: torch.dtype, device: torch.device) -> Plan:
+        """The same plan with ``owners``. All factors must be finite, and whoever differentiates must look whether
+        the gradients are: 0 * inf is not a number."""
+        sizes = {slot.A.shape[:2] for slots in self.slots.values() for slot in slots}
+        owners: dict[int, Tensor] = {}
+        for lanes, rank in sizes:
+            found = torch.zeros(self.rows, lanes * rank, dtype=dtype)
+            for lane, start, stop in self.segments:
+                found[start:stop, lane * rank : (lane + 1) * rank] = 1
+            owners[rank] = found.to(device)
+        return replace(self, owners=owners)
 
 
 class _LowRank(torch.autograd.Function):
@@ -131,6 +149,64 @@ class _LowRank(torch.autograd.Function):
         return grads[0], gx, ga, gb, gc, None, None
 
 
+class _LowRankTogether(torch.autograd.Function):
+    """The same of all lanes by two products: the lanes' factors side by side, (lanes * r), and in between what meets
+    other lanes' rows is zero.
+
+    Where products are fast and calls are dear (bfloat16 on matrix units) many small products cost more than a few
+    large ones, mostly of zeros. But 0 * inf is not a number: only for factors and gradients that are finite.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor | None, scale: Tensor, owner: Tensor
+    ) -> Tensor:
+        kept = a.dtype
+        a, b = _cast(a, x).flatten(0, 1), _cast(b * scale[:, None, None], x).transpose(1, 2).flatten(0, 1)
+        c = None if c is None else _cast(_diagonal(c), x)
+        rows = x.flatten(0, -2)
+        u = _own(rows @ a.T, owner)
+        v = u if c is None else u @ c.T
+        out = torch.addmm(y.flatten(0, -2), v, b).view_as(y)
+        ctx.save_for_backward(x, a, b, c, u, scale, owner)
+        ctx.kept = kept
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, a, b, c, u, scale, owner = ctx.saved_tensors
+        need_x, need_a, need_b, need_c = ctx.needs_input_grad[1:5]
+        lanes = len(scale)
+        rows, g = x.flatten(0, -2), _cast(grads[0], x).flatten(0, -2)
+        dv = _own(g @ b.T, owner)
+        du = dv if c is None else dv @ c
+        ga = gb = gc = None
+        if need_a:
+            ga = (du.T @ rows).to(ctx.kept).unflatten(0, (lanes, -1))
+        if need_b:
+            v = u if c is None else u @ c.T
+            gb = (v.T @ g).to(ctx.kept).unflatten(0, (lanes, -1)).transpose(1, 2) * scale[:, None, None]
+        if need_c:
+            every = (dv.T @ u).to(ctx.kept).unflatten(1, (lanes, -1)).unflatten(0, (lanes, -1))
+            gc = every.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        gx = (du @ a).view_as(x) if need_x else None
+        return grads[0], gx, ga, gb, gc, None, None
+
+
+def _diagonal(c: Tensor) -> Tensor:
+    """(lanes, r, r) -> (lanes * r, lanes * r), zero outside the blocks."""
+    lanes, rank = c.shape[:2]
+    out = c.new_zeros(lanes, rank, lanes, rank)
+    out.diagonal(dim1=0, dim2=2).copy_(c.permute(1, 2, 0))
+    return out.view(lanes * rank, lanes * rank)
+
+
+def _own(values: Tensor, owner: Tensor) -> Tensor:
+    """(tokens, lanes * r): zero where a token is not the lane's. ``owner`` (rows, lanes * r): equal tokens each."""
+    return (values.view(len(owner), -1, values.shape[1]) * owner[:, None]).view_as(values)
+
+
 def _cast(value: Tensor, like: Tensor) -> Tensor:
     return value.to(like.dtype)
 
@@ -184,16 +260,21 @@ class LaneLinear(nn.Module):
             y = y + (delta if change.gate is None else change.gate[:, None, None].to(y.dtype) * delta)
         for slot in slots:
             if slot.gate is None:
-                y = _lowrank(y, rows, slot, plan.segments)
+                y = _lowrank(y, rows, slot, plan)
             else:
-                delta = _lowrank(torch.zeros_like(y), rows, slot, plan.segments)
+                delta = _lowrank(torch.zeros_like(y), rows, slot, plan)
                 y = y + slot.gate[:, None, None].to(y.dtype) * delta
         return y.reshape(shape)
 
 
-def _lowrank(y: Tensor, x: Tensor, slot: Factors, segments: tuple[Segment, ...]) -> Tensor:
+def _lowrank(y: Tensor, x: Tensor, slot: Factors, plan: Plan) -> Tensor:
     node: Any = _LowRank  # torch's autograd functions are untyped
-    return node.apply(y, x, slot.A, slot.B, slot.C, slot.scale, segments)
+    lanes, rank = slot.A.shape[:2]
+    if plan.owners is None or lanes * rank > WIDE:
+        return node.apply(y, x, slot.A, slot.B, slot.C, slot.scale, plan.segments)
+    node = _LowRankTogether
+    scale = torch.tensor(slot.scale, dtype=slot.A.dtype, device=x.device)
+    return node.apply(y, x, slot.A, slot.B, slot.C, scale, plan.owners[rank])
 
 
 def _rows(x: Tensor, plan: Plan) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from fedlora.adapters.inject import embeddings, inject, norms, remove, select
 from fedlora.adapters.lora import LaneLinear, Plan, applied
 from fedlora.errors import UserError
 from fedlora.federation.spec import Extras, ModelSpec, Tree
+from fedlora.learning.packing import Layers, packable, packed, packing
 from fedlora.learning.pooled import POOLINGS, hidden_size, masked_mean
 from fedlora.learning.sources import (
     Kind,
@@ -36,6 +37,9 @@ from fedlora.learning.sources import (
 )
 
 __all__ = ["Backbone", "Kind", "load_backbone", "minilm_folder"]
+
+LONG = {torch.float32: 256, torch.float64: 256, torch.bfloat16: 512}
+"""Tokens from which SDPA is faster on a CPU, backwards too, than attention by plain products."""
 
 
 @dataclass(eq=False)
@@ -57,10 +61,12 @@ class Backbone:
     name: str = ""
     labels: tuple[str, ...] = ()
     switching: bool = field(default=True)
+    unpadded: bool = True
 
     def __post_init__(self) -> None:
         self.module.requires_grad_(False).eval()
         self._layers = list(self.sites.values())
+        self._stack = self._packable()
         self._configs = [m.config for m in self.module.modules() if isinstance(m, PreTrainedModel)]
         self._attention = ""
 
@@ -81,18 +87,49 @@ class Backbone:
     # -- one pass
 
     def forward(
-        self, inputs: Mapping[str, Tensor], plan: Plan | None = None, overrides: Mapping[str, Tensor] | None = None
+        self,
+        inputs: Mapping[str, Tensor],
+        plan: Plan | None = None,
+        overrides: Mapping[str, Tensor] | None = None,
+        together: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """(features (examples, width), logits (examples, tokens, vocabulary) of a language model, else None).
 
-        ``overrides``: values by parameter path that replace the base's own, differentiably.
+        ``overrides``: values by parameter path that replace the base's own, differentiably; ``together``: the lanes'
+        factors meet all rows in one product (``Plan.together`` says when they may).
         """
         self._attend(inputs)
-        with applied(self._layers, plan):
+        with self._adapted(inputs, plan, together):
             if self.kind == "causal-lm":
                 return self._language(inputs, overrides)
             out = self._call(inputs, overrides)
         return (out.logits if hasattr(out, "logits") else out), None
+
+    @contextmanager
+    def _adapted(self, inputs: Mapping[str, Tensor], plan: Plan | None, together: bool) -> Generator[None]:
+        """The adapted layers follow the plan, on packed tokens where this model and batch allow it."""
+        found = None
+        if "input_ids" in inputs and self.packs(inputs["input_ids"].shape[1]):
+            found = packing(inputs["attention_mask"], cast(Layers, self._stack).heads, self.dtype)
+        with ExitStack() as stack:
+            if found is not None:
+                stack.enter_context(packed(cast(Layers, self._stack), found))
+                plan = None if plan is None else found.plan(plan)
+            if plan is not None and together:
+                plan = plan.together(self.dtype, self.device)
+            stack.enter_context(applied(self._layers, plan))
+            yield
+
+    def packs(self, longest: int) -> bool:
+        """Whether sequences of at most this length run without their padding: of a known model, on a CPU."""
+        allowed = self._stack is not None and self.unpadded and self.switching
+        return allowed and self.device.type == "cpu" and longest < LONG.get(self.dtype, 0)
+
+    def _packable(self) -> Layers | None:
+        """The layers that can be packed, if every adapted layer is in one of them."""
+        found = packable(self.module)
+        inside = found is not None and all(site.startswith(f"{found.path}.") for site in self.sites)
+        return found if inside else None
 
     def _language(
         self, inputs: Mapping[str, Tensor], overrides: Mapping[str, Tensor] | None
@@ -115,11 +152,10 @@ class Backbone:
         return torch.func.functional_call(self.module, replaced, args, kwargs)
 
     def _attend(self, inputs: Mapping[str, Tensor]) -> None:
-        """Eager attention for short sequences on a CPU, where its backward is several times faster; else SDPA."""
+        """Eager attention for short sequences on a CPU; else SDPA."""
         if not self.switching or "input_ids" not in inputs:
             return
-        limit = {torch.float32: 256, torch.bfloat16: 512}.get(self.dtype, 0)
-        short = self.device.type == "cpu" and inputs["input_ids"].shape[1] < limit
+        short = self.device.type == "cpu" and inputs["input_ids"].shape[1] < LONG.get(self.dtype, 0)
         wanted = "eager" if short else "sdpa"
         if wanted != self._attention:
             for config in self._configs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from math import gcd
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ ROWS = 512
 """Rows whose groups are chosen together."""
 Computed = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Rows and longest of groups -> tokens that are computed for them."""
+Choice = Callable[[np.ndarray, int], list[tuple[int, int]]]
+"""Sorted lengths and a budget of tokens -> runs of them that are groups."""
 
 
 def rectangle(rows: np.ndarray, longest: np.ndarray) -> np.ndarray:
@@ -40,11 +42,14 @@ class Group:
         return len(self.units)
 
 
-def cut(
-    work: Mapping[int, np.ndarray], lengths: np.ndarray, budget: int, computed: Computed = rectangle
-) -> list[Group]:
+def rectangles(sizes: np.ndarray, budget: int) -> list[tuple[int, int]]:
+    """Groups of padded sequences."""
+    return borders(sizes, budget, rectangle)
+
+
+def cut(work: Mapping[int, np.ndarray], lengths: np.ndarray, budget: int, choose: Choice = rectangles) -> list[Group]:
     """``work``: the units of each lane, sorted by length and cut into groups of at most ``budget`` tokens (a single
-    sequence may have more), so that tokens computed, padding included, and passes cost least together.
+    sequence may have more), as ``choose`` does.
 
     The largest group comes first: smaller ones fit into the memory that it leaves, where growing ones would each need
     more of it (half the peak of a step).
@@ -59,25 +64,52 @@ def cut(
     places = np.concatenate([np.arange(len(units)) for units in work.values()])
     units = np.concatenate(list(work.values()))
     order = np.lexsort((places, lanes, lengths[units]))
-    sizes = lengths[units][order].astype(np.int64)
     groups: list[Group] = []
-    for first in range(0, len(order), ROWS):
-        for start, stop in borders(sizes[first : first + ROWS], budget, computed):
-            picked = order[first + start : first + stop]
-            picked = picked[np.lexsort((places[picked], lanes[picked]))]
-            groups.append(Group(lanes[picked], places[picked], units[picked], segments(lanes[picked])))
+    for start, stop in choose(lengths[units][order].astype(np.int64), budget):
+        picked = order[start:stop]
+        picked = picked[np.lexsort((places[picked], lanes[picked]))]
+        groups.append(Group(lanes[picked], places[picked], units[picked], segments(lanes[picked])))
     return sorted(groups, key=lambda g: -len(g.units) * int(lengths[g.units].max()))
 
 
+def evenly(sizes: np.ndarray, budget: int) -> list[tuple[int, int]]:
+    """As few runs of sequences without padding as the budget allows, with about as many tokens each.
+
+    >>> evenly(np.array([2, 2, 2, 3, 3, 9]), 12)
+    [(0, 5), (5, 6)]
+    """
+    upto = sizes.cumsum()
+    found: list[tuple[int, int]] = []
+    start = done = 0
+    while start < len(sizes):
+        left = int(upto[-1]) - done
+        fair = left / -(-left // budget)
+        stop = max(start + 1, int(np.searchsorted(upto, done + budget, "right")))
+        stop = max(start + 1, min(stop, int(np.searchsorted(upto, done + fair, "left")) + 1))
+        found.append((start, stop))
+        start, done = stop, int(upto[stop - 1])
+    return found
+
+
 def borders(sizes: np.ndarray, budget: int, computed: Computed) -> list[tuple[int, int]]:
-    """The cheapest cut of sorted sizes into runs, by dynamic programming: the best cut of the first ``e`` ends with the
-    run of k rows for which the best cut of the first ``e - k``, and the run, cost least.
+    """The cheapest cut of sorted sizes into runs: tokens computed, padding included, and passes cost least together.
+
+    By dynamic programming, ``ROWS`` at a time: the best cut of the first ``e`` ends with the run of k rows for which
+    the best cut of the first ``e - k``, and the run, cost least.
 
     >>> borders(np.array([2, 2, 2, 200, 201]), 1000, rectangle)
     [(0, 3), (3, 5)]
     """
+    return [
+        (first + start, first + stop)
+        for first in range(0, len(sizes), ROWS)
+        for start, stop in _cheapest(sizes[first : first + ROWS], budget, computed)
+    ]
+
+
+def _cheapest(sizes: np.ndarray, budget: int, computed: Computed) -> list[tuple[int, int]]:
     count = len(sizes)
-    most = max(1, min(count, budget // max(1, int(sizes[0])))) if count else 0
+    most = max(1, min(count, budget // max(1, int(sizes[0]))))
     rows = np.arange(1, most + 1)
     tokens = computed(np.broadcast_to(rows, (count, most)), np.broadcast_to(sizes[:, None], (count, most)))
     cost = np.where((rows == 1) | (tokens <= budget), PASS + tokens, np.inf)
@@ -124,9 +156,16 @@ class Steady:
 
     def __call__(self, rows: np.ndarray, longest: np.ndarray) -> np.ndarray:
         """The tokens that a batch will have."""
-        length = np.minimum(longest + -longest % LENGTH, np.maximum(self.longest, longest))
-        grain = TOKENS // np.gcd(TOKENS, length)
-        return (rows + -rows % grain) * length
+        length = self.length(longest)
+        return self.rows(rows, length) * length
+
+    def length(self, longest: Any) -> Any:
+        """Of a batch whose sequences are at most as long; numbers or arrays."""
+        return np.minimum(longest + -longest % LENGTH, np.maximum(self.longest, longest))
+
+    def rows(self, rows: Any, length: Any) -> Any:
+        """How many a batch of that length will have."""
+        return rows + -rows % (TOKENS // np.gcd(TOKENS, length))
 
     def grown(self, inputs: dict[str, Tensor], labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """A batch of such a shape. Labels grow in length only: what is added has none.
@@ -137,8 +176,8 @@ class Steady:
         (torch.Size([8, 8]), 20, 3)
         """
         rows, length = inputs["attention_mask"].shape
-        longer = max(min(length + -length % LENGTH, self.longest) - length, 0)
-        more = -rows % (TOKENS // gcd(TOKENS, length + longer))
+        longer = int(self.length(length)) - length
+        more = int(self.rows(rows, length + longer)) - rows
         grown = {name: functional.pad(value, (0, longer, 0, more)) for name, value in inputs.items()}
         grown["attention_mask"][rows:, 0] = 1  # attention to nothing at all is not a number
         return grown, functional.pad(labels, (0, longer), value=-100) if labels.dim() == 2 else labels

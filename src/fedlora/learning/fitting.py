@@ -15,7 +15,7 @@ from torch import Tensor
 from fedlora.adapters.lora import Dropout
 from fedlora.federation.orders import Batch, Fit, Outputs, Tuned, cross_entropy
 from fedlora.learning.batches import Group, rows_of
-from fedlora.learning.lanes import Stack, own_part, padded, place, working
+from fedlora.learning.lanes import Stack, finite, own_part, padded, place, working
 from fedlora.learning.optim import Block, build, clip, plan
 
 if TYPE_CHECKING:
@@ -179,10 +179,11 @@ class Fits:
         kind = next(iter(active.values())).ready.kind
         for stack in self.stacks.values():
             stack.merge()
+        together = all(stack.joins for stack in self.stacks.values())
         backbone = self.stacks[first].backbone
         for group in self.learner.groups(backbone, self._backbone(first), work, self.learner.tokens):
             with self.learner.watched(kind, names, group, clients):
-                losses = self._backward(group, active, work)
+                losses = self._backward(group, active, work, together)
             sums.index_add_(0, torch.from_numpy(group.lanes), losses.double().cpu())
         for k, lane in active.items():
             if lane.anchor is not None and lane.anchored is not None:
@@ -190,18 +191,22 @@ class Fits:
                 self.grads[k].add_((self.values[k] - lane.anchor) * lane.anchored, alpha=strength)
         return sums.tolist()
 
-    def _backward(self, group: Group, active: Mapping[int, Lane], work: Mapping[int, np.ndarray]) -> Tensor:
+    def _backward(
+        self, group: Group, active: Mapping[int, Lane], work: Mapping[int, np.ndarray], together: bool
+    ) -> Tensor:
         """Adds the gradients of a group's rows, each a share of its lane's batch; its losses, one per row."""
-        losses = self._losses(group, active)
+        losses = self._losses(group, active, together)
         share = torch.tensor([1.0 / len(work[k]) for k in group.lanes], dtype=losses.dtype, device=losses.device)
         if losses.requires_grad:
             found = torch.autograd.grad((losses * share).sum(), self.leaves, allow_unused=True)
+            if together and not finite(found):  # whose it is only separate products say
+                return self._backward(group, active, work, False)
             for into, gradient in zip(self.views, found):
                 if gradient is not None:
                     into.add_(gradient)
         return losses.detach()  # and not the graph: the next group's forward pass would run beside it
 
-    def _losses(self, group: Group, active: Mapping[int, Lane]) -> Tensor:
+    def _losses(self, group: Group, active: Mapping[int, Lane], together: bool) -> Tensor:
         """One loss per row."""
         masks = [None if lane is None else self.learner.label_mask(lane.ready.job.client) for lane in self.lanes]
         outputs: dict[str, Outputs] = {}
@@ -211,7 +216,7 @@ class Fits:
             if source not in batches:
                 batches[source] = self.learner.batch(stack.backbone, source, group)
             inputs = batches[source][0]
-            outputs[name] = stack.outputs(inputs, group.segments, masks, self._dropout(group, active))
+            outputs[name] = stack.outputs(inputs, group.segments, masks, self._dropout(group, active), together)
         inputs, labels = batches[self._backbone(next(iter(self.stacks)))]
         if self.objective is cross_entropy:
             return cross_entropy(outputs, {}, Batch(inputs, labels))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Hashable, Iterable, Mapping
+from collections.abc import Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-KNOTS = 3
-"""Lengths at which a kind of pass is counted; between and beyond them the count is a parabola through these."""
+CLOSE = 1e-9
+"""Relative error within which sizes are a sum of others."""
+Array = np.ndarray[Any, Any]
 untyped: Any = flop_counter
 aten: Any = torch.ops.aten
 
@@ -47,32 +49,29 @@ class Counter(TorchDispatchMode):
         return out
 
 
-def parabola(points: Mapping[int, float], x: int) -> float:
-    """The value at ``x`` of the polynomial through the points (Lagrange).
+def combination(known: Array, wanted: Array) -> Array | None:
+    """The weights with which the rows of ``known`` sum to ``wanted``, None where no weights do.
 
-    >>> parabola({1: 1.0, 2: 4.0, 4: 16.0}, 10)
-    100.0
+    >>> combination(np.array([[1.0, 2.0, 4.0], [1.0, 3.0, 9.0]]), np.array([2.0, 5.0, 13.0])).round(6)
+    array([1., 1.])
+    >>> combination(np.array([[1.0, 2.0, 4.0]]), np.array([1.0, 3.0, 9.0]))
     """
-    total = 0.0
-    for one, value in points.items():
-        for other in points:
-            if other != one:
-                value *= (x - other) / (one - other)
-        total += value
-    return total
+    scale = np.maximum(np.abs(wanted), np.abs(known).max(0, initial=0)) + 1e-300
+    weights = np.linalg.lstsq((known / scale).T, wanted / scale, rcond=1e-10)[0]
+    return weights if np.abs(known.T @ weights - wanted).max(initial=0) <= CLOSE * np.abs(wanted).max() else None
 
 
 class Meter:
     """Counts matrix products and convolutions, forwards and backwards (elementwise work and optimisers are not).
 
-    A pass costs the sum over its rows of a function of the padded length alone, quadratic at most: linear layers grow
-    with the tokens, attention with their square. So the counter, which slows a pass down, looks at each kind of
-    pass (model, what is trained) at ``KNOTS`` lengths only. ``clients``: the operations so far by client.
+    A pass of a kind (model, what is trained) costs a sum over its rows, tokens and scores (queries x keys), each with a
+    coefficient of the kind. So the counter, which slows a pass down, looks only at passes whose ``sizes`` are no sum of
+    those that were counted: as many as there are sizes. ``clients``: the operations so far by client.
     """
 
     def __init__(self) -> None:
         self.clients: dict[str, float] = {}
-        self.known: dict[Hashable, dict[tuple[int, ...], float]] = {}
+        self.known: dict[Hashable, list[tuple[Array, float]]] = {}
         self.kinds: dict[Hashable, int] = {}
 
     @property
@@ -85,25 +84,27 @@ class Meter:
         return self.kinds.setdefault(value, len(self.kinds))
 
     @contextmanager
-    def watch(self, kind: Hashable, lengths: tuple[int, ...], rows: Iterable[tuple[str, int]]) -> Generator[None]:
-        """Books the pass inside the block. ``lengths``: the padded length of each model's input; ``rows``: how many
-        rows are whose."""
-        shares = list(rows)
-        cost = self.cost(kind, lengths)
+    def watch(self, kind: Hashable, sizes: Sequence[float], shares: Iterable[tuple[str, float]]) -> Generator[None]:
+        """Books the pass inside the block. ``sizes``: what it costs a linear function of; ``shares``: how much of it is
+        whose, in any unit."""
+        size = np.array(sizes, dtype=np.float64)
+        cost = self.cost(kind, size)
         if cost is not None:
             yield
         else:
             with Counter() as counter:
                 yield
-            cost = counter.total / max(1, sum(count for _, count in shares))
-            self.known.setdefault(kind, {})[lengths] = cost
-        for client, count in shares:
-            self.clients[client] = self.clients.get(client, 0.0) + cost * count
+            cost = float(counter.total)
+            self.known.setdefault(kind, []).append((size, cost))
+        parts = list(shares)
+        whole = sum(part for _, part in parts)
+        for client, part in parts:
+            self.clients[client] = self.clients.get(client, 0.0) + cost * part / max(whole, 1)
 
-    def cost(self, kind: Hashable, lengths: tuple[int, ...]) -> float | None:
-        """Operations of one row, or None where a pass must be counted first."""
-        known = self.known.get(kind, {})
-        if lengths in known or len(set(lengths)) > 1:  # models that read differently: every pair of lengths is its own
-            return known.get(lengths)
-        points = {key[0]: cost for key, cost in known.items() if len(set(key)) == 1}
-        return parabola(points, lengths[0]) if len(points) >= KNOTS else None
+    def cost(self, kind: Hashable, sizes: Array) -> float | None:
+        """Operations of a pass, or None where it must be counted."""
+        known = self.known.get(kind, [])
+        if not known:
+            return None
+        weights = combination(np.array([size for size, _ in known]), sizes)
+        return None if weights is None else float(weights @ np.array([cost for _, cost in known]))

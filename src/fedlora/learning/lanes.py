@@ -17,6 +17,8 @@ from fedlora.federation.spec import ModelSpec, Shape, Tree
 from fedlora.learning.backbone import Backbone
 from fedlora.learning.batches import rows_of
 
+TOGETHER = (torch.bfloat16,)
+"""Types in which all lanes' factors meet all rows in one product."""
 FORBIDDEN = -1e9
 """Logits outside a client's own label space: finite, so that distillation's 0 * log 0 stays 0."""
 
@@ -188,8 +190,10 @@ class Stack:
         segments: tuple[Segment, ...],
         masks: Sequence[Tensor | None],
         dropout: Dropout | None = None,
+        together: bool = False,
     ) -> Outputs:
-        """What each row's own model says of it. ``masks``: (labels,) per lane, True where a label is the client's.
+        """What each row's own model says of it. ``masks``: (labels,) per lane, True where a label is the client's;
+        ``together``: see ``Plan.together``.
 
         Rows of padding beyond the last segment count as its own on the way, and nothing is said of them.
         """
@@ -198,7 +202,7 @@ class Stack:
         if dropout is not None:
             dropout = replace(dropout, keys=functional.pad(dropout.keys, (0, rows - real)))
         plan, overrides = self.plan(inputs, (*segments[:-1], (lane, start, rows)), dropout)
-        features, logits = self.backbone.forward(inputs, plan, overrides)
+        features, logits = self.backbone.forward(inputs, plan, overrides, together)
         features = features[:real].to(self.dtype)
         logits = self._classify(features, segments) if logits is None else logits[:real].to(self.dtype)
         if any(masks[lane] is not None for lane, _, _ in segments):
@@ -220,6 +224,14 @@ class Stack:
             raise ValueError(f"a model replaces {both[0]!r} and carries a shared change of it: only one of the two")
         plan = Plan(segments, self._factors(gates), self._dense(changes, gates), merged, dropout)
         return plan, overrides
+
+    @property
+    def joins(self) -> bool:
+        """Whether the lanes' factors may, and should, meet all rows in one product: they are finite, and the type is
+        one in which that is faster."""
+        if self.lanes == 1 or self.backbone.dtype not in TOGETHER:
+            return False
+        return finite([v for slots in self._factors(None).values() for s in slots for v in (s.A, s.B, s.C)])
 
     # -- what the plan is made of
 
@@ -302,6 +314,16 @@ class Stack:
         weights = weight.unbind(0)
         biases: Sequence[Any] = (None,) * self.lanes if bias is None else bias.unbind(0)
         return torch.cat([functional.linear(rows_of(features, s), weights[s[0]], biases[s[0]]) for s in segments])
+
+
+def finite(values: Iterable[Tensor | None]) -> bool:
+    """Whether all numbers are (a sum of squares that overflows counts as not).
+
+    >>> finite([torch.ones(2), None]), finite([torch.ones(2), torch.tensor([1.0, torch.nan])])
+    (True, False)
+    """
+    norms = [torch.linalg.vector_norm(value.detach()) for value in values if value is not None]
+    return bool(torch.stack(norms).isfinite().all()) if norms else True
 
 
 def place(target: Tensor, value: Tensor) -> None:

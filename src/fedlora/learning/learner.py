@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from fedlora.federation.client import Job
 from fedlora.federation.orders import Fit, Model, Order, Score, Split, logits
 from fedlora.federation.spec import ModelSpec
 from fedlora.learning.backbone import Backbone
-from fedlora.learning.batches import Group, Steady, cut, rectangle, rows_of, to_device
+from fedlora.learning.batches import Group, Steady, borders, cut, evenly, rectangle, rows_of, to_device
 from fedlora.learning.examples import Examples, Task
 from fedlora.learning.fitting import Fits
 from fedlora.learning.flops import Meter
@@ -25,6 +26,7 @@ from fedlora.learning.generation import answer_scores, answers
 from fedlora.learning.lanes import Held, Merges, Stack, alone, anonymous, check, structure
 from fedlora.learning.language import CausalLM
 from fedlora.learning.optim import chosen
+from fedlora.learning.packing import packed_sizes
 
 prepare()
 COMPILED = (torch.bfloat16,)
@@ -271,6 +273,7 @@ class Learner:
     def _passes(self, taken: Sequence[Ready], stack: Stack) -> Any:
         work = {lane: ready.units for lane, ready in enumerate(taken) if len(ready.units)}
         masks = [self.label_mask(r.job.client) for r in taken]
+        together = stack.joins
         if work:
             name = taken[0].models["model"].model.backbone
             tokens = self.tokens * (1 if stack.backbone.kind == "causal-lm" else SCORING)
@@ -278,24 +281,51 @@ class Learner:
                 inputs, labels = self.batch(stack.backbone, name, group)
                 stack.merge()
                 with self.watched(taken[0].kind, [name], group, [ready.job.client for ready in taken]):
-                    outputs = stack.outputs(inputs, group.segments, masks)
+                    outputs = stack.outputs(inputs, group.segments, masks, together=together)
                 yield group, outputs, labels
 
     def watched(
-        self, kind: int, names: Iterable[str], group: Group, clients: Sequence[str]
+        self, kind: int, names: Sequence[str], group: Group, clients: Sequence[str]
     ) -> AbstractContextManager[None]:
         """Counts the operations of a pass over a group. ``names``: the backbones; ``clients``: by lane."""
-        lengths = tuple(int(self.store(name).lengths[group.units].max()) for name in dict.fromkeys(names))
-        return self.meter.watch(kind, lengths, [(clients[lane], stop - start) for lane, start, stop in group.segments])
+        sizes: list[float] = []
+        for name in dict.fromkeys(names):
+            lengths = self.store(name).lengths[group.units]
+            sizes += self._sizes(self.backbones[name], name, lengths)
+        tokens = self.store(next(iter(names))).lengths[group.units]
+        shares = [(clients[lane], float(tokens[start:stop].sum())) for lane, start, stop in group.segments]
+        return self.meter.watch(kind, sizes, shares)
+
+    def _sizes(self, backbone: Backbone, name: str, lengths: np.ndarray) -> list[float]:
+        """What a pass over sequences of some lengths costs a linear function of: rows, tokens with and without padding,
+        scores."""
+        rows, longest = len(lengths), int(lengths.max())
+        if (steady := self.steady(backbone, name)) is not None:
+            longest, rows = steady.length(longest), steady.rows(rows, longest)
+        padded = rows * longest
+        if not self.packs(backbone, name):
+            return [rows, padded, padded * longest]
+        grown = np.concatenate([lengths, np.ones(rows - len(lengths), dtype=lengths.dtype)])
+        return [rows, padded, *packed_sizes(grown, backbone.dtype)]
 
     def steady(self, backbone: Backbone, name: str) -> Steady | None:
         """Of which shapes a backbone's batches are; None: of any."""
         store = self.store(name)
+        if self.packs(backbone, name) and backbone.kind != "causal-lm":  # whose head sees padded sequences
+            return None
         return Steady(int(store.lengths.max())) if backbone.dtype in COMPILED and store.tokens is not None else None
 
     def groups(self, backbone: Backbone, name: str, work: Mapping[int, np.ndarray], tokens: int) -> list[Group]:
         """The passes of some work on a backbone; ``tokens``: what one may hold."""
-        return cut(work, self.store(name).lengths, tokens, self.steady(backbone, name) or rectangle)
+        if self.packs(backbone, name) and backbone.kind != "causal-lm":
+            choose = evenly
+        else:
+            choose = partial(borders, computed=self.steady(backbone, name) or rectangle)
+        return cut(work, self.store(name).lengths, tokens, choose)
+
+    def packs(self, backbone: Backbone, name: str) -> bool:
+        """Whether a backbone computes this data without its padding."""
+        return backbone.packs(int(self.store(name).lengths.max(initial=0)))
 
     def batch(self, backbone: Backbone, name: str, group: Group) -> tuple[dict[str, Tensor], Tensor]:
         """A group's inputs and labels, where the backbone is."""

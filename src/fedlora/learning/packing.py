@@ -1,0 +1,227 @@
+"""Sequences without their padding: inside a known transformer's layers, the tokens of a batch lie one after another.
+
+    (sequences, longest, width)  --pack-->  (tokens, 1, width)  --layers-->  (tokens, 1, width)  --unpack-->  as before
+
+Linear layers, norms and activations see each token alone and need no change; attention is block-diagonal: queries, keys
+and values are gathered into a few blocks of sequences of like length, and the outputs gathered back. What lies before
+the first layer (embeddings) and after the last (norm, pooling, a language model's head) sees padded sequences as ever.
+A token's result, and so every number that is not finite, depends on its own sequence alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from fedlora.adapters.lora import Plan
+from fedlora.learning.blockwise import Block, block, block_diagonal, partition, shape
+
+KNOWN = {
+    name: layers
+    for layers, names in {
+        "layer": ("BertEncoder", "RobertaEncoder", "XLMRobertaEncoder", "ElectraEncoder"),
+        "layers": ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"),
+    }.items()
+    for name in names
+}
+"""Modules whose layers see each token alone except in attention, and the attribute that holds these layers."""
+GRAIN = 64
+"""Tokens of a packed batch in bfloat16 are a multiple of this: oneDNN compiles a kernel for every number of tokens."""
+NAME = "fedlora_packed"
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Where tokens lie. ``shape``: (sequences, longest); ``source`` (T,): the padded position that each packed token is
+    read from; ``back`` (sequences * longest,): the packed token that each padded position is read from, for padding the
+    first of its sequence; ``starts``: where each sequence begins, and the end of the last; tokens beyond it belong to
+    nobody (copies, whose results nothing reads). ``blocks``: the sequences as attention takes them; ``outward`` (T *
+    heads,): where in the blocks' outputs each token's heads lie."""
+
+    shape: tuple[int, int]
+    source: Tensor
+    back: Tensor
+    starts: tuple[int, ...]
+    blocks: tuple[Block, ...]
+    outward: Tensor
+
+    def pack(self, values: Tensor) -> Tensor:
+        """(sequences or 1, longest, ...) -> (tokens, 1, ...)."""
+        whole = values.expand(self.shape[0], *values.shape[1:]).flatten(0, 1)
+        return whole.index_select(0, self.source).unsqueeze(1)
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """(tokens, 1, width) -> (sequences, longest, width); nothing flows back through padding."""
+        node: Any = _Unpack
+        return node.apply(values.squeeze(1), self).unflatten(0, self.shape)
+
+    def plan(self, plan: Plan) -> Plan:
+        """What adapted layers do with tokens instead of rows."""
+        starts = (*self.starts[:-1], len(self.source))  # the last lane has the copies, whose gradient is zero
+        rows = np.repeat(np.arange(self.shape[0]), np.diff(starts))
+        row = torch.from_numpy(rows).to(self.source.device)
+        slots = {
+            site: tuple(s if s.gate is None else replace(s, gate=s.gate[row]) for s in slots)
+            for site, slots in plan.slots.items()
+        }
+        dense = {
+            site: tuple(d if d.gate is None else replace(d, gate=d.gate[row]) for d in changes)
+            for site, changes in plan.dense.items()
+        }
+        dropout = None if plan.dropout is None else replace(plan.dropout, keys=plan.dropout.keys[row])
+        segments = tuple((lane, starts[first], starts[last]) for lane, first, last in plan.segments)
+        return Plan(segments, slots, dense, plan.merged, dropout)
+
+
+class _Unpack(torch.autograd.Function):
+    """Forward and backward are one gather each: a scatter would add up what is never there."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return values.index_select(0, packing.back)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        packing: Packing = ctx.packing
+        grad = grads[0].index_select(0, packing.source)
+        grad[packing.starts[-1] :] = 0
+        return grad, None
+
+
+def packing(mask: Tensor, heads: int, dtype: torch.dtype) -> Packing | None:
+    """How a batch is packed; None where its padding is not at the right. ``mask``: (sequences, longest), 1 where a
+    token is.
+
+    >>> found = packing(torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]]), 1, torch.float32)
+    >>> found.source.tolist(), found.starts
+    ([0, 1, 3, 6, 7, 8], (0, 2, 3, 6))
+    """
+    kept = mask.cpu().numpy().astype(bool)
+    count, longest = kept.shape
+    lengths = kept.sum(1)
+    if not np.array_equal(kept, np.arange(longest) < lengths[:, None]) or not lengths.all():
+        return None
+    starts = np.concatenate([[0], lengths.cumsum()])
+    total = int(starts[-1])
+    more = filled(total, dtype) - total
+    source = np.concatenate([np.flatnonzero(kept), np.zeros(more, dtype=np.int64)])
+    back = starts[:-1, None] + np.where(kept, np.arange(longest), 0)
+    outward = np.empty((total + more, heads), dtype=np.int64)
+    blocks: list[Block] = []
+    size = 0
+    for rows in partition(lengths):
+        made = block(starts[rows], lengths[rows], heads, size, dtype, mask.device)
+        for start, length, at in zip(starts[rows], lengths[rows], made.places(heads)):
+            outward[start : start + length] = at[:, :length].T
+        blocks.append(made)
+        size = made.stop
+    outward[total:] = size  # a row of zeros
+    return Packing(
+        (count, longest),
+        torch.from_numpy(source).to(mask.device),
+        torch.from_numpy(back.reshape(-1)).to(mask.device),
+        tuple(starts.tolist()),
+        tuple(blocks),
+        torch.from_numpy(outward.reshape(-1)).to(mask.device),
+    )
+
+
+def packed_sizes(lengths: np.ndarray, dtype: torch.dtype) -> tuple[int, int]:
+    """(tokens, scores) that are computed for sequences of some lengths, what fills up included.
+
+    >>> packed_sizes(np.array([2, 1, 3]), torch.float32), packed_sizes(np.array([40, 50]), torch.bfloat16)
+    ((6, 27), (128, 32768))
+    """
+    blocks = [shape(len(rows), int(lengths[rows].max()), dtype) for rows in partition(lengths)]
+    return filled(int(lengths.sum()), dtype), sum(rows * length**2 for rows, length, _ in blocks)
+
+
+def filled(tokens: int, dtype: torch.dtype) -> int:
+    return tokens + (-tokens % GRAIN if dtype == torch.bfloat16 else 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Layers:
+    """The layers of a model that can be packed: ``path`` of their list in the model, the ``layers`` themselves, the
+    number of ``heads`` of their queries, and the ``config`` that names their attention."""
+
+    path: str
+    layers: Sequence[nn.Module]
+    heads: int
+    config: Any
+
+
+def packable(module: nn.Module) -> Layers | None:
+    """A model's layers, where it is known that they may be packed."""
+    found = [(path, m) for path, m in module.named_modules() if type(m).__name__ in KNOWN]
+    if len(found) != 1:
+        return None
+    path, stack = found[0]
+    config: Any = stack.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    plain = getattr(config, "position_embedding_type", "absolute") in ("absolute", None)
+    if kinds != {"full_attention"} or (getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")):
+        return None
+    if not plain or getattr(config, "add_cross_attention", False):
+        return None
+    attribute = KNOWN[type(stack).__name__]
+    prefix = f"{path}.{attribute}" if path else attribute
+    return Layers(prefix, list(getattr(stack, attribute)), config.num_attention_heads, config)
+
+
+@contextmanager
+def packed(found: Layers, packing: Packing) -> Generator[None]:
+    """The layers see packed tokens inside the block, and what comes after them padded sequences."""
+
+    def enter(first: bool) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            if first:
+                args = (packing.pack(args[0]), *args[1:])
+            if kwargs.get("position_embeddings") is not None:
+                kwargs = {
+                    **kwargs,
+                    "position_embeddings": tuple(packing.pack(value) for value in kwargs["position_embeddings"]),
+                }
+            return args, {**kwargs, "packing": packing}
+
+        return hook
+
+    def leave(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+        return packing.unpack(out)
+
+    before = found.config._attn_implementation
+    with ExitStack() as stack:
+        for i, layer in enumerate(found.layers):
+            stack.callback(layer.register_forward_pre_hook(enter(i == 0), with_kwargs=True).remove)
+        stack.callback(found.layers[-1].register_forward_hook(leave).remove)
+        found.config._attn_implementation = NAME
+        try:
+            yield
+        finally:
+            found.config._attn_implementation = before
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, packing: Packing, scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Transformers' attention interface: (tokens, heads, 1, size) each -> (tokens, 1, heads, size)."""
+    tokens, heads = query.shape[:2]
+    groups = heads // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    causal = bool(getattr(module, "is_causal", False))
+    query, key, value = (x.reshape(-1, x.shape[-1]) for x in (query, key, value))
+    out = block_diagonal(query, key, value, packing.blocks, packing.outward, scaling, causal)
+    return out.view(tokens, 1, heads, -1), None
+
+
+AttentionInterface.register(NAME, _attention)
