@@ -17,8 +17,9 @@ from fedlora.federation.rounds import rounds
 from fedlora.federation.sampling import cohort
 from fedlora.federation.spec import Client
 from fedlora.learning.backbone import Backbone, load_backbone
+from fedlora.learning.batches import lanes_for
 from fedlora.learning.fast import measure
-from fedlora.study.experiment import LANES, TOKENS
+from fedlora.study.experiment import TOKENS
 
 
 def timed(task: Task, backbone: Backbone, large: World) -> list[float]:
@@ -27,7 +28,8 @@ def timed(task: Task, backbone: Backbone, large: World) -> list[float]:
     def sampler(clients: Sequence[Client], round: int, seed: int) -> Sequence[Client]:
         return cohort(clients, round, seed, min(task.warm, task.clients) if round == 1 else None)
 
-    members = fleet(backbone, large, LANES, TOKENS)
+    lanes = lanes_for(TOKENS, large.examples.lengths, large.shape.batch, len(large.splits))
+    members = fleet(backbone, large, lanes, TOKENS)
     reports = rounds(large.algorithm, large.spec, members, total=task.rounds + 1, seed=SEED, sampler=sampler)
     moments = []
     for report in reports:

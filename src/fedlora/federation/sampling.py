@@ -30,9 +30,19 @@ def cohort(clients: Sequence[Client], round: int, seed: int, count: int | float 
     everyone = sorted(clients, key=lambda client: client.id)
     if count is None or not everyone:
         return everyone
-    wanted = max(1, int(count * len(everyone) + 0.5)) if isinstance(count, float) else min(count, len(everyone))
     order = torch.randperm(len(everyone), generator=stream(seed, "cohort", round))
-    return [everyone[int(index)] for index in order[:wanted].sort().values]
+    return [everyone[int(index)] for index in order[: size(count, len(everyone))].sort().values]
+
+
+def size(count: int | float | None, clients: int) -> int:
+    """How many of so many clients a cohort is.
+
+    >>> size(None, 7), size(3, 7), size(30, 7), size(0.5, 7), size(0.01, 7)
+    (7, 3, 7, 4, 1)
+    """
+    if count is None:
+        return clients
+    return max(1, int(count * clients + 0.5)) if isinstance(count, float) else min(count, clients)
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ class Backbone:
             if found is not None:
                 stack.enter_context(packed(cast(Layers, self._stack), found))
                 plan = None if plan is None else found.plan(plan)
-            if plan is not None and together:
+            if plan is not None and together and len(plan.segments) > 1:
                 plan = plan.together(self.dtype, self.device)
             stack.enter_context(applied(self._layers, plan))
             yield

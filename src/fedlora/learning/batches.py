@@ -18,6 +18,8 @@ PASS = 96
 """Tokens that cost as much as another pass: Python, small matrices, one more segment of each lane."""
 ROWS = 512
 """Rows whose groups are chosen together."""
+FEWEST, MOST = 4, 32
+"""Lanes that are taken where nobody says how many."""
 Computed = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Rows and longest of groups -> tokens that are computed for them."""
 Choice = Callable[[np.ndarray, int], list[tuple[int, int]]]
@@ -124,6 +126,18 @@ def _cheapest(sizes: np.ndarray, budget: int, computed: Computed) -> list[tuple[
         found.append((count - int(last[count]), count))
         count -= int(last[count])
     return found[::-1]
+
+
+def lanes_for(tokens: int, lengths: np.ndarray, batch: int, clients: int) -> int:
+    """How many clients' batches fill a pass of so many tokens: at least ``FEWEST`` and at most ``MOST``, and no more
+    than there are clients.
+
+    >>> lengths = np.array([10, 30])
+    >>> lanes_for(2048, lengths, 8, 100), lanes_for(2048, lengths, 2, 100), lanes_for(2048, lengths, 2, 5)
+    (13, 32, 5)
+    """
+    wanted = -(-tokens // max(1, round(batch * float(lengths.mean())))) if len(lengths) else FEWEST
+    return max(1, min(max(wanted, FEWEST), MOST, clients))
 
 
 def segments(lanes: np.ndarray) -> tuple[Segment, ...]:

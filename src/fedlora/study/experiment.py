@@ -23,9 +23,10 @@ from fedlora.federation.algorithm import Algorithm
 from fedlora.federation.memory import DiskMemory
 from fedlora.federation.orders import Model
 from fedlora.federation.rounds import evaluate
-from fedlora.federation.sampling import Cohorts
+from fedlora.federation.sampling import Cohorts, size
 from fedlora.federation.spec import Client, Extras, ModelSpec, Sums
 from fedlora.learning.backbone import Backbone, load_backbone
+from fedlora.learning.batches import lanes_for
 from fedlora.learning.fast import measure
 from fedlora.learning.learner import Learner
 from fedlora.learning.tasks import Examples, Task
@@ -42,7 +43,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 POOLED = "(all data pooled)"
 EVERYONE = "(everyone)"
 """Whose test rows are everybody's."""
-LANES, TOKENS = 8, 1024
+TOKENS = 2048
+"""Of a pass, where nobody says how many: from about a thousand on, more make products hardly faster."""
 NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
@@ -379,6 +381,14 @@ def _resolved(
         chosen = measure(backbone, task, examples, spec)
         dtype = str(chosen).removeprefix("torch.")
     auto = config.engine
+    tokens = TOKENS if auto.tokens == "auto" else auto.tokens
+    lanes = auto.lanes
+    if lanes == "auto" and private_models:
+        lanes = 1  # models that train whole have a pass each
+    elif lanes == "auto":
+        cohort = size(config.training.clients_per_round, len(population.clients))
+        some = examples.units(np.linspace(0, len(examples.rows) - 2, min(256, len(examples.rows) - 1)).astype(np.int64))
+        lanes = lanes_for(tokens, examples.lengths[some], config.training.batch_size or 1, cohort)
     return config.replace(
         model={"dtype": dtype},
         adapter={"alpha": spec.alpha},
@@ -388,8 +398,8 @@ def _resolved(
         },
         clients={"ranks": config.clients.ranks or config.adapter.rank},
         engine={
-            "lanes": (1 if private_models else LANES) if auto.lanes == "auto" else auto.lanes,
-            "tokens": TOKENS if auto.tokens == "auto" else auto.tokens,
+            "lanes": lanes,
+            "tokens": tokens,
             "device": os.fspath(_device(auto.device)),
         },
     )
