@@ -8,7 +8,18 @@ from collections.abc import Callable
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub
 
-from benchmarks import aggregation, communication, flower, lanes, memory, peers, startup
+from benchmarks import (
+    aggregation,
+    codec,
+    communication,
+    flower,
+    lanes,
+    memory,
+    mixing,
+    peers,
+    scheduler,
+    startup,
+)
 from benchmarks.report import Report
 
 BENCHMARKS: dict[str, Callable[[bool], Report]] = {
@@ -16,6 +27,9 @@ BENCHMARKS: dict[str, Callable[[bool], Report]] = {
     "communication": communication.run,
     "memory": memory.run,
     "aggregation": aggregation.run,
+    "mixing": mixing.run,
+    "codec": codec.run,
+    "scheduler": scheduler.run,
     "lanes": lanes.run,
     "flower": flower.run,
     "peers": peers.run,
