@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,8 +59,8 @@ def run(quick: bool = False) -> Report:
             size, numbers = len(frame) / 1e6, sum(value.nbytes for value in given.values()) / 1e6
             assert len(frame) == frame_size(given)
             spent = 0.05 if quick else SECONDS
-            there, back = timed(lambda: encode(given), spent), timed(lambda: decode(frame), spent)
-            copy = timed(lambda: bytearray(frame), spent)
+            there, back = timed(partial(encode, given), spent), timed(partial(decode, frame), spent)
+            copy = timed(partial(bytearray, frame), spent)
             what = f"{name}, {str(dtype).removeprefix('torch.')}"
             rows.append((what, size, size / there, size / back, size / copy, 100 * (size / numbers - 1)))
     return Report(

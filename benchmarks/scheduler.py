@@ -98,8 +98,8 @@ def run(quick: bool = False) -> Report:
         ),
         rows,
         (
-            f"FedIT on MiniLM in bfloat16, rank 8 on query and value, {clients} clients, {steps} steps each; medians of "
-            f"{total} rounds, the first left out",
+            f"FedIT on MiniLM in bfloat16, rank 8 on query and value, {clients} clients, {steps} steps each; medians "
+            f"of {total} rounds, the first left out",
             "outside the learner: seconds of the round's loop that are not in `Learner.advance`: cohort, requests, "
             "client programs, their memories, frames' sizes, checks of updates, folding, the server's update",
         ),

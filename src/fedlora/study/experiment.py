@@ -312,7 +312,7 @@ def _members(
     """
 
     def client(name: str, own: Mapping[str, int], rows: Mapping[str, np.ndarray]) -> Client:
-        units = sum(len(examples.units(rows.get(part, NO_ROWS))) for part in ("fit", "holdout"))
+        units = sum(examples.count(rows.get(part, NO_ROWS)) for part in ("fit", "holdout"))
         return Client(name, own, terms.models.get(name, "base"), units or None)
 
     members = {name: client(name, terms.ranks[name], rows) for name, rows in owned.items()}
