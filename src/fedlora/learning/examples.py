@@ -62,7 +62,7 @@ class Examples:
         [3, 1, 2]
         """
         rows = np.asarray(rows, dtype=np.int64)
-        if len(self.rows) == len(self.lengths) + 1:
+        if len(self.rows) == len(self) + 1:
             return rows
         parts = [np.arange(int(self.rows[row]), int(self.rows[row + 1])) for row in rows]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
@@ -73,6 +73,8 @@ class Examples:
         >>> Examples(np.ones(4), np.zeros(4), np.array([0, 1, 3, 4])).count(np.array([1, 2]))
         3
         """
+        if len(self.rows) == len(self) + 1:
+            return len(rows)
         return int((self.rows[rows + 1] - self.rows[rows]).sum())
 
     def padded(self, units: Array, values: Array | None = None, fill: int | None = None) -> Tensor:
