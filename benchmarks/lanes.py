@@ -122,7 +122,7 @@ def fedlora_round(backbone: Backbone, world: World, lanes: int) -> Trained:
 class Plain:
     """A loop over clients as one writes it with PEFT: load, train with torch.optim, take the state, average."""
 
-    model: nn.Module
+    model: Any
     names: Mapping[str, nn.Parameter]
 
     @classmethod
@@ -140,6 +140,8 @@ class Plain:
                     names[f"{site.removesuffix(theirs)}/{ours}"] = parameter
             if parameter.requires_grad and ".modules_to_save." in path:
                 names[f"head/{path.rpartition('.')[2]}"] = parameter
+        for parameter in names.values():  # what is trained is float32 also on a narrower base
+            parameter.data = parameter.data.to(torch.promote_types(backbone.dtype, torch.float32))
         return cls(model, names)
 
     def round(self, world: World) -> Trained:
@@ -161,14 +163,15 @@ class Plain:
             draws = torch.Generator().manual_seed(derive(SEED, "train", 1, client, 0))
             for places in plan(len(rows["fit"]), order, draws):
                 inputs, labels = TASK.collate(world.examples, rows["fit"][places.numpy()])
-                loss = self.model(**inputs, labels=labels).loss
+                inputs = {key: value.to(self.model.device) for key, value in inputs.items()}
+                loss = self.model(**inputs, labels=labels.to(self.model.device)).loss
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
             for name, parameter in self.names.items():
                 value = parameter.detach().double() / len(world.splits)
                 total[name] = total[name] + value if name in total else value
-        return total
+        return {name: value.cpu() for name, value in total.items()}
 
 
 @contextmanager

@@ -150,14 +150,14 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize(("dtype", "lanes"), CASES)
 def test_no_tensor_of_a_round_is_larger_than_one_pass_needs(dtype: torch.dtype, lanes: int) -> None:
     found: list[int] = []
-    for clients in (CLIENTS // 2, CLIENTS, 2 * CLIENTS):
+    for clients in (CLIENTS // 2, CLIENTS):
         fleet = federation(backbone(dtype=dtype), lanes, clients)
         with Largest() as largest:
             one_round(fleet)
         found.append(largest.bytes)
     heads, longest = 2, 64
     assert max(found) <= TOKENS * heads * longest * 4  # attention's scores, as softmax has them; all else is smaller
-    assert max(found) <= 1.5 * found[0]  # and not more for four times as many clients, but for longer texts
+    assert max(found) <= 1.5 * found[0]  # and not more for twice as many clients, but for longer texts
 
 
 @pytest.mark.parametrize("lanes", [1, 8])
