@@ -129,7 +129,7 @@ def four_bits(device: str, quick: bool) -> Check:
         return Check(what, None, limit, str(problem))
     from transformers import BitsAndBytesConfig
 
-    packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)  # type: ignore[no-untyped-call]
+    packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     module = AutoModel.from_pretrained(
         minilm_folder(), quantization_config=packed, device_map={"": device}, dtype=torch.float32
     )
