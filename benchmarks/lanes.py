@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from benchmarks.report import Report
@@ -164,7 +165,8 @@ class Plain:
             for places in plan(len(rows["fit"]), order, draws):
                 inputs, labels = TASK.collate(world.examples, rows["fit"][places.numpy()])
                 inputs = {key: value.to(self.model.device) for key, value in inputs.items()}
-                loss = self.model(**inputs, labels=labels.to(self.model.device)).loss
+                logits = self.model(**inputs).logits  # and not its own loss, which is float32 in any model
+                loss = functional.cross_entropy(logits, labels.to(logits.device))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
