@@ -8,17 +8,33 @@ from collections.abc import Callable
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub
 
-from benchmarks import aggregation, communication, flower, lanes, memory, peers, startup
+from benchmarks import (
+    aggregation,
+    clients,
+    codec,
+    communication,
+    flower,
+    lanes,
+    memory,
+    mixing,
+    scheduler,
+    startup,
+)
+from benchmarks.peers import compare
 from benchmarks.report import Report
 
 BENCHMARKS: dict[str, Callable[[bool], Report]] = {
     "startup": startup.run,
     "communication": communication.run,
     "memory": memory.run,
+    "clients": clients.run,
     "aggregation": aggregation.run,
+    "mixing": mixing.run,
+    "codec": codec.run,
+    "scheduler": scheduler.run,
     "lanes": lanes.run,
     "flower": flower.run,
-    "peers": peers.run,
+    "peers": compare.run,
 }
 
 

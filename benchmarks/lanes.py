@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from benchmarks.report import Report
@@ -122,7 +123,7 @@ def fedlora_round(backbone: Backbone, world: World, lanes: int) -> Trained:
 class Plain:
     """A loop over clients as one writes it with PEFT: load, train with torch.optim, take the state, average."""
 
-    model: nn.Module
+    model: Any
     names: Mapping[str, nn.Parameter]
 
     @classmethod
@@ -140,6 +141,8 @@ class Plain:
                     names[f"{site.removesuffix(theirs)}/{ours}"] = parameter
             if parameter.requires_grad and ".modules_to_save." in path:
                 names[f"head/{path.rpartition('.')[2]}"] = parameter
+        for parameter in names.values():  # what is trained is float32 also on a narrower base
+            parameter.data = parameter.data.to(torch.promote_types(backbone.dtype, torch.float32))
         return cls(model, names)
 
     def round(self, world: World) -> Trained:
@@ -161,14 +164,16 @@ class Plain:
             draws = torch.Generator().manual_seed(derive(SEED, "train", 1, client, 0))
             for places in plan(len(rows["fit"]), order, draws):
                 inputs, labels = TASK.collate(world.examples, rows["fit"][places.numpy()])
-                loss = self.model(**inputs, labels=labels).loss
+                inputs = {key: value.to(self.model.device) for key, value in inputs.items()}
+                logits = self.model(**inputs).logits  # and not its own loss, which is float32 in any model
+                loss = functional.cross_entropy(logits, labels.to(logits.device))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
             for name, parameter in self.names.items():
                 value = parameter.detach().double() / len(world.splits)
                 total[name] = total[name] + value if name in total else value
-        return total
+        return {name: value.cpu() for name, value in total.items()}
 
 
 @contextmanager

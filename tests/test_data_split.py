@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import random
+import re
 from collections import Counter
 from itertools import pairwise
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.data.duplicates import near_copies, soften
+from fedlora.data.duplicates import near_copies, normalise, soften
 from fedlora.data.partition import assign, hold_out
 from fedlora.data.settings import PartitionSettings
 from fedlora.data.split import FIT, HOLDOUT, TEST, divide, follow, keep_trained
@@ -152,6 +153,13 @@ def test_noise_never_separates_copies(texts: list[list[str]], seed: int) -> None
 def _jaccard(a: list[str], b: list[str]) -> float:
     one, two = set(pairwise(a)), set(pairwise(b))
     return len(one & two) / len(one | two)
+
+
+@given(text=st.text(st.characters(max_codepoint=127) | st.sampled_from(" 7_é\u2028"), max_size=20))
+def test_words_of_plain_text_are_found_as_those_of_any_text(text: str) -> None:
+    folded = text.casefold()
+    words = re.sub(r"[\W\d_]+", " ", folded).split()
+    assert normalise(text) == (" ".join(words) or " ".join(folded.split()))
 
 
 def test_near_copies_follow_the_jaccard_similarity_of_word_pairs() -> None:

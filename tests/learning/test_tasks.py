@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from fedlora.errors import UserError
 from fedlora.federation.orders import Features, Fit, Model, Score
+from fedlora.learning import examples, tasks
 from fedlora.learning.backbone import load_backbone
 from fedlora.learning.images import Pixels
 from fedlora.learning.language import exact_match, rendered, rouge_l
@@ -73,6 +74,25 @@ def test_a_thousand_and_one_rows_are_tokenised_in_slices(tokenizer):
     store = TextClassification(("x",)).encode(table, tokenizer)
     assert unit(store, 1000) == tokenizer("number 1000")["input_ids"]
     assert len(store) == 1001
+
+
+def test_texts_of_many_rows_are_tokenised_when_their_units_are_asked_for(tokenizer, monkeypatch):
+    table = datasets.Dataset.from_dict({"text": TEXTS * 3, "label": ["x"] * (3 * len(TEXTS))})
+    task = TextClassification(("x",), max_length=12)
+    known = task.encode(table, tokenizer)
+    monkeypatch.setattr(tasks, "MANY", len(table))
+    monkeypatch.setattr(examples, "SLICE", 2)  # several slices
+    store = task.encode(table, tokenizer)
+    assert (len(store), store.known.sum(), store.count(np.array([4, 1]))) == (len(table), 0, 2)
+    for rows in ([7, 0, 7, 3], [3, 2, 1, 0, 5]):
+        units = store.units(np.array(rows))
+        assert units.tolist() == rows
+        for mine, its in zip(task.collate(store, units)[0].values(), task.collate(known, units)[0].values()):
+            assert mine.tolist() == its.tolist()
+    assert np.flatnonzero(store.known).tolist() == [0, 1, 2, 3, 5, 7]
+    assert store.used[0] == known.lengths[[0, 1, 2, 3, 5, 7]].sum()  # each was read once
+    store.units(np.arange(len(table)))
+    assert store.lengths.max() == 12  # whoever was read, and if all texts were shorter
 
 
 def test_pairs_keep_their_segments():

@@ -129,19 +129,18 @@ def test_statistics_without_a_usable_class_or_without_classes() -> None:
 
 def test_cka_by_centred_gram_matrices() -> None:
     rng = np.random.default_rng(3)
-    x, y = rng.normal(size=(5, 5)), rng.normal(size=(5, 5))
+    x, y = rng.normal(size=(5, 5)), 1e-5 * rng.normal(size=(5, 5))
     centre = np.eye(5) - 1 / 5
     g, h = (centre @ m @ m.T @ centre for m in (x, y))
     by_hand = (g * h).sum() / math.sqrt((g * g).sum() * (h * h).sum())
-    assert cka(torch.tensor(x), torch.tensor(y)) == pytest.approx(by_hand, abs=1e-12)
-    assert cosine(torch.tensor(x), torch.tensor(y)) == pytest.approx(
-        (x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y)
-    )
-    assert cosine(torch.tensor(x), torch.tensor(-x)) == pytest.approx(-1)
-    assert cka(torch.tensor(x), torch.tensor(-x)) == pytest.approx(1)
-    assert (
-        cka(torch.zeros(3, 3).double(), torch.ones(3, 3).double()) == cosine(torch.zeros(2, 2), torch.ones(2, 2)) == 0
-    )
+    still, flat = np.full((5, 5), 1e-10), np.ones((5, 5))  # one has hardly moved, one is nothing once it is centred
+    stack = torch.tensor(np.stack([x, y, -x, still, flat]))
+    for one, expected in ((cka(stack), [1, by_hand, 1, 0, 0]), (cosine(stack), [1, None, -1, 0, None])):
+        assert torch.equal(one, one.T)
+        for found, value in zip(one[0].tolist(), expected):
+            assert value is None or found == pytest.approx(value, abs=1e-12)
+    angle = (x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y)
+    assert float(cosine(stack)[0, 1]) == pytest.approx(angle, abs=1e-12)
 
 
 def test_similarities_are_scaled_over_pairs() -> None:

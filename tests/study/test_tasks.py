@@ -105,6 +105,24 @@ def test_dirichlet_clients_with_label_spaces_of_their_own(tmp_path: Path) -> Non
     assert summary["personal"]["mean"] > 0.5
 
 
+@pytest.mark.parametrize("algorithm", ["fedit", "pooled"])
+def test_a_run_on_texts_that_are_tokenised_when_needed_is_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+) -> None:
+    training = "rounds = 2\nclients_per_round = 2\nepochs = 1\nbatch_size = 4\n"
+    file = tiny.run_file(tmp_path, training=training, data="partition = {clients = 5}\n")
+    runs: list[fedlora.Result] = []
+    for many in (10**6, 1):
+        monkeypatch.setattr("fedlora.learning.tasks.MANY", many)
+        runs.append(fedlora.run(load(file, [f"algorithm.name={algorithm}"]), out=tmp_path / str(many)))
+    for known, later in zip(*(one.history for one in runs), strict=True):
+        timeless = known.keys() - {"seconds", "client_steps_per_second"}
+        assert {key: later[key] for key in timeless} == {key: known[key] for key in timeless}
+    known, later = (one.summary for one in runs)
+    assert later["personal"] == known["personal"]
+    assert later["data_hash"] == known["data_hash"]
+
+
 def test_pooled_is_marked_and_beats_chance(tmp_path: Path) -> None:
     file = tiny.run_file(
         tmp_path, training="rounds = 3\nepochs = 3\nbatch_size = 8\n", data="partition = {clients = 4}\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from fedlora.errors import UserError
 from fedlora.federation.spec import Tree, derive, stream
 
 Pairs = Mapping[tuple[str, str], float]
+Measure = Callable[[Tensor], Tensor]
+"""(clients, r, r) matrices -> how alike each two are, (clients, clients)."""
 COMPONENTS = 3
 """Of a class, at most."""
 STATISTICS = ("shares", "means", "variances", "class", "counts")
@@ -137,30 +139,39 @@ def data_similarity(names: list[str], distances: Mapping[str, Mapping[str, float
     return {(i, j): 1.0 if i == j else math.exp(-distances[min(i, j)][max(i, j)] / tau) for i in names for j in names}
 
 
-def model_similarity(cores: Mapping[str, Tree], begun: Tree, measure: Any) -> Pairs:
+def model_similarity(cores: Mapping[str, Tree], begun: Tree, measure: Measure) -> Pairs:
     """The measure of C minus its start (I), averaged over sites; min-max over pairs, a constant becomes 0.5; self 1."""
-    moved = {
-        name: [c.double() - begun[site].double() for site, c in sorted(tree.items())] for name, tree in cores.items()
-    }
-    raw = {(i, j): sum(map(measure, moved[i], moved[j])) / len(moved[i]) for i in cores for j in cores if i < j}
-    low, high = (min(raw.values()), max(raw.values())) if raw else (0.0, 0.0)
-    scaled = {pair: (v - low) / (high - low) if high > low else 0.5 for pair, v in raw.items()}
-    return {(i, j): 1.0 if i == j else scaled[min(i, j), max(i, j)] for i in cores for j in cores}
+    names, sites = sorted(cores), sorted(begun)
+    if not names:
+        return {}
+    moved = (torch.stack([cores[n][site].double() for n in names]) - begun[site].double() for site in sites)
+    raw = torch.stack([measure(site) for site in moved]).mean(0)
+    above = torch.ones_like(raw, dtype=torch.bool).triu(1)
+    low, high = raw[above].aminmax() if len(names) > 1 else (raw.new_zeros(()), raw.new_zeros(()))
+    scaled = ((raw - low) / (high - low) if high > low else torch.full_like(raw, 0.5)) * above
+    whole: Any = (scaled + scaled.T).fill_diagonal_(1.0)
+    table: list[list[float]] = whole.tolist()
+    return {(i, j): value for i, row in zip(names, table) for j, value in zip(names, row)}
 
 
-def cka(x: Tensor, y: Tensor) -> float:
-    """Linear CKA of two matrices; 0 where either has hardly moved."""
-    if min(float(linalg.norm(x)), float(linalg.norm(y))) < 1e-8:
-        return 0.0
-    x, y = x - x.mean(0), y - y.mean(0)
-    below = float(linalg.norm(x.T @ x) * linalg.norm(y.T @ y))
-    return float((x.T @ y).square().sum()) / below if below > 0 else 0.0
+def unit(matrices: Tensor) -> Tensor:
+    """(clients, r, r), each of norm 1; 0 where one has hardly moved."""
+    size = linalg.norm(matrices.flatten(1), dim=1)
+    return matrices / size.masked_fill(size < 1e-8, math.inf)[:, None, None]
 
 
-def cosine(x: Tensor, y: Tensor) -> float:
-    """The cosine of two matrices as vectors (it sees opposite signs); 0 where either has hardly moved."""
-    size = float(linalg.norm(x)), float(linalg.norm(y))
-    return 0.0 if min(size) < 1e-8 else float((x * y).sum()) / (size[0] * size[1])
+def cosine(matrices: Tensor) -> Tensor:
+    """(clients, clients) cosines of (clients, r, r) matrices as vectors (it sees opposite signs)."""
+    flat = unit(matrices).flatten(1)
+    return flat @ flat.T
 
 
-MEASURES = {"cka": cka, "cosine": cosine}
+def cka(matrices: Tensor) -> Tensor:
+    """(clients, clients) linear CKA: ``|X'Y|^2 / (|X'X| |Y'Y|)`` of centred X and Y is the cosine of XX' and YY', so
+    that all pairs are one product."""
+    x = unit(matrices)
+    x = x - x.mean(1, keepdim=True)
+    return cosine(x @ x.mT)
+
+
+MEASURES: Mapping[str, Measure] = {"cka": cka, "cosine": cosine}

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 
 import datasets
@@ -19,6 +21,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 _NOISE = re.compile(r"[\W\d_]+")
+_LETTERS = bytes(code if chr(code).isalpha() and code < 128 else ord(" ") for code in range(256))
 _HASHES, _BANDS = 32, 8
 _SIMILAR = 0.75
 _EDGE = 64  # words taken from each end of a text
@@ -77,6 +80,9 @@ def normalise(text: str) -> str:
     ('error not found', '12 + 5 = ?')
     """
     folded = text.casefold()
+    if folded.isascii():  # the same, several times as fast
+        words = folded.encode().translate(_LETTERS).split()
+        return b" ".join(words).decode() or " ".join(folded.split())
     return _NOISE.sub(" ", folded).strip() or " ".join(folded.split())
 
 
@@ -103,13 +109,13 @@ def _key(text: str) -> bytes:
 
 def _number(keys: Iterable[object]) -> np.ndarray:
     """Each key's number in order of first appearance."""
-    seen: dict[object, int] = {}
-    return np.fromiter((seen.setdefault(key, len(seen)) for key in keys), dtype=np.int64)
+    seen: defaultdict[object, int] = defaultdict(count().__next__)
+    return np.fromiter(map(seen.__getitem__, keys), dtype=np.int64)
 
 
 def _sketches(texts: Sequence[str]) -> np.ndarray:
     """(texts, 32) uint32: MinHash values over word pairs; texts of fewer than four words get values of their own."""
-    numbers: dict[str, int] = {}
+    numbers: defaultdict[str, int] = defaultdict(count().__next__)
     rng = np.random.default_rng(0)  # the hash functions are fixed: no seed changes who is whose copy
     factors = rng.integers(0, 2**63, _HASHES, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     sketches = np.empty((len(texts), _HASHES), dtype=np.uint32)
@@ -119,7 +125,7 @@ def _sketches(texts: Sequence[str]) -> np.ndarray:
             split = text.split()
             if len(split) < 4:  # too short for similarity to mean anything: equal to itself only
                 split = [f"{start + len(ends)}\n{i}" for i in range(4)]
-            words += [numbers.setdefault(word, len(numbers)) for word in split]
+            words += map(numbers.__getitem__, split)
             ends.append(len(words))
         ids = np.array(words, dtype=np.uint64) + np.uint64(1)
         pairs = _scramble(_scramble(ids[:-1]) + ids[1:])

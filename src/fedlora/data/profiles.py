@@ -63,7 +63,8 @@ def ranks(spec: int | Sequence[int] | str, client_ids: Sequence[str], seed: int)
     cycle = [spec] if isinstance(spec, int) else list(spec)
     if not cycle or any(isinstance(rank, bool) or not isinstance(rank, int) or rank < 1 for rank in cycle):
         raise UserError(f"clients.ranks = {spec!r}: ranks are whole numbers from 1", "for example ranks = [2, 4, 8]")
-    return {name: RankProfile(cycle[i % len(cycle)], cycle[i % len(cycle)]) for i, name in enumerate(client_ids)}
+    given = [RankProfile(rank, rank) for rank in cycle]
+    return {name: given[i % len(given)] for i, name in enumerate(client_ids)}
 
 
 def largest_remainder(shares: Sequence[float], total: int) -> np.ndarray:

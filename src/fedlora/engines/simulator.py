@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from fedlora.federation.algorithm import Algorithm, Reply, Request
@@ -61,7 +61,12 @@ class Simulator:
 
     def available(self, round: int) -> Sequence[Client]:
         """Everybody but the strangers, in every round."""
-        return [client for name, client in sorted(self.clients.items()) if name not in self.strangers]
+        return self.members
+
+    @cached_property
+    def members(self) -> tuple[Client, ...]:
+        """Those that train, by id: sorted once, since there may be very many."""
+        return tuple(self.clients[name] for name in sorted(self.clients) if name not in self.strangers)
 
     def flush(self) -> None:
         """Makes all client memories durable: before a checkpoint is saved."""

@@ -7,7 +7,7 @@ model, which are cut into windows; ``Examples.units`` maps one to the other.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Protocol
 
@@ -24,6 +24,8 @@ Totals = Mapping[str, tuple[Tensor, Tensor]]
 Array = np.ndarray[Any, Any]
 SLICE = 1000
 """Rows that are tokenised at once: memory stays flat."""
+MANY = 20_000
+"""Rows from which texts are tokenised when they are needed: all at once would take longer than a round."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +62,20 @@ class Examples:
         [3, 1, 2]
         """
         rows = np.asarray(rows, dtype=np.int64)
-        if len(self.rows) == len(self.lengths) + 1:
+        if len(self.rows) == len(self) + 1:
             return rows
         parts = [np.arange(int(self.rows[row]), int(self.rows[row + 1])) for row in rows]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+    def count(self, rows: Array) -> int:
+        """How many units some rows have.
+
+        >>> Examples(np.ones(4), np.zeros(4), np.array([0, 1, 3, 4])).count(np.array([1, 2]))
+        3
+        """
+        if len(self.rows) == len(self) + 1:
+            return len(rows)
+        return int((self.rows[rows + 1] - self.rows[rows]).sum())
 
     def padded(self, units: Array, values: Array | None = None, fill: int | None = None) -> Tensor:
         """(units, longest) int64 token ids (or other per-token values), padded on the right."""
@@ -81,6 +93,63 @@ class Examples:
         """(units, longest) int64: 1 where there is a token."""
         lengths = torch.from_numpy(self.lengths[units].astype(np.int64))
         return (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+
+
+@dataclass(frozen=True, eq=False)
+class Later(Examples):
+    """Texts that are tokenised when their units are first asked for: of a large population, few are in a round.
+
+    ``read``: rows -> token ids of each; ``known``: (rows,) bool, which are in ``tokens``; ``used``: (1,) how many of
+    these are taken. ``lengths`` has one more unit, which no row has, as long as any may be: what depends on the
+    longest must not depend on who was asked so far.
+    """
+
+    read: Callable[[Array], Sequence[Sequence[int]]] = lambda rows: ()
+    known: Array = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    used: Array = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def units(self, rows: Array) -> Array:
+        """A row is a unit; those that were not read yet are."""
+        rows = np.asarray(rows, dtype=np.int64)
+        new = np.unique(rows[~self.known[rows]])
+        for start in range(0, len(new), SLICE):
+            self._add(new[start : start + SLICE])
+        return rows
+
+    def _add(self, rows: Array) -> None:
+        assert self.tokens is not None
+        assert self.offsets is not None
+        for row, ids in zip(rows.tolist(), self.read(rows), strict=True):
+            start = int(self.used[0])
+            self.tokens[start : start + len(ids)] = ids
+            self.offsets[row], self.lengths[row] = start, len(ids)
+            self.used[0] += len(ids)
+        self.known[rows] = True
+
+
+def later(read: Callable[[Array], Sequence[Sequence[int]]], labels: Array, longest: int, pad: int) -> Later:
+    """A store of which nothing is tokenised yet; ``longest``: how many tokens a text has at most.
+
+    The room for all tokens is only asked for: pages that nobody writes to cost nothing.
+
+    >>> store = later(lambda rows: [[7] * (row + 1) for row in rows], np.zeros(3, dtype=np.int64), longest=4, pad=0)
+    >>> store.padded(store.units(np.array([2, 0]))).tolist(), store.known.tolist()
+    ([[7, 7, 7], [7, 0, 0]], [True, False, True])
+    """
+    count = len(labels)
+    return Later(
+        lengths=np.full(count + 1, longest, dtype=np.int64),
+        labels=labels,
+        rows=np.arange(count + 1),
+        tokens=np.empty(count * longest, dtype=np.int32),
+        offsets=np.zeros(count + 1, dtype=np.int64),
+        pad=pad,
+        read=read,
+        known=np.zeros(count, dtype=bool),
+    )
 
 
 class Task(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedlora.learning.examples import (
+    MANY,
     Examples,
     Inputs,
     Task,
@@ -17,6 +19,7 @@ from fedlora.learning.examples import (
     class_indices,
     class_scores,
     flattened,
+    later,
     require,
     slices,
     text_store,
@@ -43,27 +46,36 @@ class TextClassification:
     def encode(self, table: Any, processor: Any) -> Examples:
         columns = (self.text,) if isinstance(self.text, str) else self.text
         require(table, (*columns, self.label))
+        labels = class_indices(table, self.label, self.labels)
+        if len(columns) == 1 and len(table) >= MANY:
+
+            def read(rows: np.ndarray) -> Any:
+                return self._tokenised(table[rows], columns, processor)["input_ids"]
+
+            return later(read, labels, self.max_length, processor.pad_token_id)
         parts, types, lengths = [], [], []
         for part in slices(table):
-            texts = [[str(value) for value in part[column]] for column in columns]
-            pairs = len(columns) == 2
-            out = processor(
-                *texts,
-                truncation=True,
-                max_length=self.max_length,
-                return_attention_mask=False,  # a third of the time, for what follows from the lengths
-                return_token_type_ids=pairs or None,
-            )
+            out = self._tokenised(part, columns, processor)
             lengths += [len(ids) for ids in out["input_ids"]]
             parts.append(flattened(out["input_ids"]))
-            if pairs and "token_type_ids" in out:
+            if len(columns) == 2 and "token_type_ids" in out:
                 types.append(flattened(out["token_type_ids"]))
         return text_store(
             parts,
             lengths,
-            class_indices(table, self.label, self.labels),
+            labels,
             types=np.concatenate(types).astype(np.int8) if types else None,
             pad=processor.pad_token_id,
+        )
+
+    def _tokenised(self, part: Any, columns: Sequence[str], processor: Any) -> Any:
+        """Some rows of the columns as the tokenizer gives them."""
+        return processor(
+            *([str(value) for value in part[column]] for column in columns),
+            truncation=True,
+            max_length=self.max_length,
+            return_attention_mask=False,  # a third of the time, for what follows from the lengths
+            return_token_type_ids=len(columns) == 2 or None,
         )
 
     def collate(self, examples: Examples, units: np.ndarray) -> tuple[Inputs, Tensor]:

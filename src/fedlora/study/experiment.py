@@ -314,16 +314,20 @@ def _members(
     """
 
     def client(name: str, own: Mapping[str, int], rows: Mapping[str, np.ndarray]) -> Client:
-        units = sum(len(examples.units(rows.get(part, NO_ROWS))) for part in ("fit", "holdout"))
+        units = sum(examples.count(rows.get(part, NO_ROWS)) for part in ("fit", "holdout"))
         return Client(name, own, terms.models.get(name, "base"), units or None)
 
     members = {name: client(name, terms.ranks[name], rows) for name, rows in owned.items()}
     parts = owned[population.seen[0]].keys() if population.seen else ()
-    rows = {part: np.concatenate([owned[name][part] for name in population.seen]) for part in parts}
+
+    def everyones(part: str) -> np.ndarray:
+        return np.concatenate([owned[name][part] for name in population.seen]) if part in parts else NO_ROWS
+
     known: Any = owned  # a ChainMap writes to its first map only
-    splits: ChainMap[str, Mapping[str, np.ndarray]] = ChainMap({EVERYONE: {"test": rows.get("test", NO_ROWS)}}, known)
+    splits: ChainMap[str, Mapping[str, np.ndarray]] = ChainMap({EVERYONE: {"test": everyones("test")}}, known)
     if algorithm.federated:
         return members, splits, set(population.unseen)
+    rows = {part: everyones(part) for part in parts}
     whole = client(POOLED, terms.most, rows)
     return {**members, POOLED: whole}, splits.new_child({POOLED: rows}), set(members)
 

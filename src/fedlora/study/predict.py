@@ -112,7 +112,8 @@ def _inputs(config: RunConfig, backbone: Backbone, about: About, items: Sequence
     else:
         task = TextClassification(about.labels, max_length=max_length(config, backbone))
         table = datasets.Dataset.from_dict({"text": list(items), **columns})
-    inputs, _ = task.collate(task.encode(table, backbone.processor), np.arange(len(items)))
+    examples = task.encode(table, backbone.processor)
+    inputs, _ = task.collate(examples, examples.units(np.arange(len(items))))
     return to_device(inputs, backbone.device, backbone.dtype)
 
 

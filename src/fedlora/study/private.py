@@ -121,7 +121,7 @@ def require_representations(backbones: Mapping[str, Backbone], task: Task, store
     for name, backbone in backbones.items():
         if name == "base" or not len(stores[name]):
             continue
-        inputs, _ = task.collate(stores[name], np.zeros(1, dtype=np.int64))
+        inputs, _ = task.collate(stores[name], stores[name].units(np.zeros(1, dtype=np.int64)))
         with explained(name):
             features, _ = backbone.forward(to_device(inputs, backbone.device, backbone.dtype))
             if tuple(features.shape) != (1, backbone.width):
