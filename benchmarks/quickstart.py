@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from pathlib import Path
+
+import torch
 
 from fedlora.demos import DEMOS
 from fedlora.demos.demo import show
@@ -17,9 +20,9 @@ from fedlora.demos.demo import show
 COLUMNS = ("mean", "std", "worst_decile", "everyone")
 
 
-def table(runs: list[list[dict[str, float | None]]]) -> str:
+def table(runs: list[list[dict[str, float | None]]], unit: str) -> str:
     """Markdown: each row's columns over the seeds, mean ± standard deviation of the seeds."""
-    lines = ["| | own files | spread over clients | worst tenth | everyone's | sent |", "|---|---|---|---|---|---|"]
+    lines = [f"| | {unit} | spread over clients | worst tenth | everyone's | sent |", "|---|---|---|---|---|---|"]
     for rows in zip(*runs, strict=True):
         cells = []
         for column in COLUMNS:
@@ -31,19 +34,27 @@ def table(runs: list[list[dict[str, float | None]]]) -> str:
     return "\n".join(lines)
 
 
+def processor_seconds() -> float:
+    """Of all threads of this process: load by others changes them less than seconds."""
+    now = os.times()
+    return now.user + now.system
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", choices=list(DEMOS), default="causal-lm")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart-seeds"))
     options = parser.parse_args()
-    runs, seconds = [], []
+    runs, seconds, computing = [], [], []
     for seed in options.seeds:
-        start = time.perf_counter()
+        start, used = time.perf_counter(), processor_seconds()
         show(DEMOS[options.task], options.out / str(seed), seed=seed)
         seconds.append(time.perf_counter() - start)
+        computing.append(processor_seconds() - used)
         runs.append(json.loads((options.out / str(seed) / "table.json").read_text())["rows"])
-    text = table(runs) + f"\n\nseeds {options.seeds}, seconds {[round(s) for s in seconds]}\n"
+    text = table(runs, DEMOS[options.task].unit) + f"\n\nseeds {options.seeds}, seconds {[round(s) for s in seconds]}"
+    text += f", of processors {[round(s) for s in computing]} ({torch.get_num_threads()} threads)\n"
     results = Path(__file__).parent / "results"
     results.mkdir(exist_ok=True)
     (results / f"quickstart-{options.task}.md").write_text(text)

@@ -101,6 +101,9 @@ def test_one_lane_is_bit_equal(system: str, world: Path, tmp_path: Path) -> None
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     for key in ("personal", "global", "bytes", "flops", "data_hash", "clients"):
         assert summary(here)[key] == summary(there)[key]
+    assert 0 < summary(here)["class_prior"]["mean"] < 1
+    assert summary(there)["class_prior"]["mean"] is None  # said to be unknown, not left out
+    assert "no server sees" in summary(there)["class_prior"]["unknown"]
     assert not (there / "adapters" / export.CLIENTS).exists()
     said = [predict(place, ["the plum near some axe"], "1") for place in (here, there)]
     assert said[0] == said[1]

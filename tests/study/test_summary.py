@@ -1,13 +1,19 @@
-"""The class prior, by another route: client by client."""
+"""The class prior, by another route: client by client; and what people are told of it."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
-from fedlora.study.summary import class_prior
+from fedlora.study.report import table
+from fedlora.study.run import Result
+from fedlora.study.summary import UNSEEN_PRIOR, class_prior
 
 SPLITS = ("fit", "holdout", "test")
 
@@ -35,3 +41,30 @@ def test_class_prior_is_each_clients_most_frequent_training_label(seed: int, cli
         assert found["std"] == pytest.approx(np.std(expected), abs=1e-12)
     else:
         assert found["mean"] is None
+
+
+@pytest.mark.parametrize(
+    ("prior", "said"),
+    [
+        ({"class_prior": {"mean": 0.25, "std": 0.0, "worst_decile": 0.25}}, "most frequent label): 0.2500"),
+        ({"class_prior": UNSEEN_PRIOR}, "most frequent label): not known: the labels are at the sites"),
+        ({}, None),  # a language model has no classes
+    ],
+)
+def test_the_class_prior_is_shown_or_said_to_be_unknown(prior: dict[str, Any], said: str | None) -> None:
+    summary = {
+        "algorithm": "fedit",
+        "metric": "accuracy",
+        "higher_is_better": True,
+        "personal": {"variants": {}},
+        "global": None,
+        "bytes": {"up": 0, "down": 0, "setup_up": 0, "setup_down": 0},
+        "clients": 2,
+        "rounds": 1,
+        "seconds": 1.0,
+        "client_steps_per_second": 1.0,
+    }
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(table(Result(Path("run"), {**summary, **prior}, ())))
+    assert said in shown.get() if said else "prior" not in shown.get()

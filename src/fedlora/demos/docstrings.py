@@ -60,7 +60,7 @@ PRIVATE = 'extras = { head = "private" }\n'
 LEAST = "4  "
 """What everybody can afford: the rank where all must have the same."""
 PLANS = (
-    Plan("head-alone", "head-only", 4, adapter=PRIVATE, ranks=LEAST, sends=False),
+    Plan("head-alone", "head-only", 3, adapter=PRIVATE, ranks=LEAST, sends=False),
     Plan("alone", "local", 3, sends=False),
     Plan("fedit", "fedit", 4, "finetune_epochs = 1\n", ranks=LEAST),
     Plan("flexlora", "flexlora", 4, "finetune_epochs = 1\n"),
@@ -170,7 +170,7 @@ DOCSTRINGS = Demo(
     model="minilm",
     task="text-classification",
     columns='text = "text"\nlabel = "label"\nmax_length = 32\n',
-    sites='targets = ["query", "value"]\n',
+    sites='targets = ["query", "value"]\nlayers = [3, 4, 5]\n',
     rates="lr = 0.002\nhead_lr = 0.01\n",
     title="accuracy on held-out docstrings: which verb was removed",
     clients="each the docstrings of one package",

@@ -125,6 +125,8 @@ def server_start(
     folder: ServerFolder = SERVER,
     out: Annotated[Path | None, typer.Option(help="the run folder (default: FOLDER/runs/RUN)")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="no TLS, no keys: for trials on one machine")] = False,
+    metrics_port: Annotated[int | None, typer.Option(help="answer Prometheus there (default: not at all)")] = None,
+    metrics_host: Annotated[str, typer.Option(help="the address for that")] = "127.0.0.1",
 ) -> None:
     """Run a federation whose sites dial in; the same command goes on where it was stopped."""
     from fedlora.engines.flower.deployed import serve
@@ -132,7 +134,8 @@ def server_start(
     from fedlora.study.report import table
 
     config = load(file, changes or [])
-    options = {"sites": sites, "host": host, "port": port, "insecure": insecure, "out": out}
+    metrics = None if metrics_port is None else (metrics_host, metrics_port)
+    options = {"sites": sites, "host": host, "port": port, "insecure": insecure, "out": out, "metrics": metrics}
     result = serve(config, file.stem, folder, progress=True, **options)  # type: ignore[arg-type]
     Console().print(table(result))
 

@@ -100,7 +100,9 @@ class Host(Writes, Protocol):
         ...
 
     @property
-    def class_prior(self) -> Mapping[str, Any] | None: ...
+    def class_prior(self) -> Mapping[str, Any] | None:
+        """What answering with each client's most frequent label scores; None where there are no classes."""
+        ...
 
     def spent(self) -> tuple[int, Mapping[str, float]]:
         """Client-steps so far, and floating-point operations by client."""

@@ -48,4 +48,13 @@ def table(result: Result) -> Group:
         f"sent up {megabytes(sent['up'])}, down {megabytes(sent['down'])}"
         + (f", introductions {megabytes(setup)}" if setup else "")
     )
-    return Group(rows, Text(facts), Text(f"wrote {result.folder}"))
+    return Group(rows, *_prior(summary), Text(facts), Text(f"wrote {result.folder}"))
+
+
+def _prior(summary: Mapping[str, Any]) -> list[Text]:
+    """What a model that reads nothing would score, or why that is not known; nothing where there are no classes."""
+    prior = summary.get("class_prior")
+    if not prior:
+        return []
+    known = number(prior["mean"]) if "unknown" not in prior else f"not known: {prior['unknown']}"
+    return [Text(f"class prior (each client's most frequent label): {known}")]

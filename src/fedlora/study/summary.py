@@ -13,6 +13,14 @@ import numpy as np
 from fedlora.federation.exchange import merge_sums
 from fedlora.federation.spec import Sums
 
+UNSEEN_PRIOR: Mapping[str, Any] = {
+    "mean": None,
+    "std": None,
+    "worst_decile": None,
+    "unknown": "the labels are at the sites; no server sees them",
+}
+"""What stands for ``class_prior`` where who writes the summary has no labels to count."""
+
 
 @dataclass(frozen=True)
 class Metric:

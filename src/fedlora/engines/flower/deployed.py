@@ -22,7 +22,7 @@ from fedlora.engines.flower.federate import FLOWER, alive, is_federated, read, r
 from fedlora.engines.flower.host import NODES, Plan, require_federable
 from fedlora.engines.flower.processes import HOST, Process, SiteProcesses, SuperLink, environment, wait_for_port
 from fedlora.engines.flower.server_app import EVENTS, STATUS
-from fedlora.engines.flower.watch import Watch
+from fedlora.engines.flower.watch import require_prometheus, watched
 from fedlora.errors import Interrupted, UserError
 from fedlora.sites import keys, settings
 from fedlora.study import algorithm as algorithms
@@ -53,12 +53,14 @@ def serve(
     insecure: bool = False,
     out: Path | None = None,
     progress: bool = False,
+    metrics: tuple[str, int] | None = None,
 ) -> Result:
     """Runs a federation whose sites dial in, from its last checkpoint where its folder is there already.
 
-    ``server``: the folder of ``fedlora server init``. Raises UserError for what the user can put right, Interrupted on
-    Ctrl-C (the same command goes on).
+    ``server``: the folder of ``fedlora server init``. ``metrics``: where Prometheus may ask, host and port. Raises
+    UserError for what the user can put right, Interrupted on Ctrl-C (the same command goes on).
     """
+    require_prometheus(metrics)
     if not insecure:
         require_valid(server)
     server = server.resolve()  # its programs may be elsewhere
@@ -68,7 +70,7 @@ def serve(
     else:
         planned(config, files.fresh(folder, name), sites)
     with stoppable(f"stopped; the same command goes on from the last checkpoint of {folder}"):
-        operate(folder, server, host, port, insecure, progress)
+        operate(folder, server, host, port, insecure, progress, metrics)
     return result(folder)
 
 
@@ -140,14 +142,22 @@ def planned(config: RunConfig, folder: Path, sites: int) -> None:
     Plan(uuid.uuid4().hex, terms, "", sites).save(folder)
 
 
-def operate(folder: Path, server: Path, host: str, port: int, insecure: bool, progress: bool) -> None:
+def operate(
+    folder: Path,
+    server: Path,
+    host: str,
+    port: int,
+    insecure: bool,
+    progress: bool,
+    metrics: tuple[str, int] | None = None,
+) -> None:
     """The SuperLink on the loopback interface, the door before it, and the run."""
-    link, engine = superlink(server, insecure), load(folder / "config.toml").engine
-    words = [*door_words(link, server, host, port, insecure), "--message", str(engine.message + SLACK)]
+    link, config = superlink(server, insecure), load(folder / "config.toml")
+    words = [*door_words(link, server, host, port, insecure), "--message", str(config.engine.message + SLACK)]
     front = Process("door", words, server / "door.log", environment(server))
     (folder / STATUS).unlink(missing_ok=True)
     try:
-        with Watch(folder, load(folder / "config.toml").training.rounds, progress) as watch:
+        with watched(folder, config.training.rounds, progress, metrics) as watch:
             link.start()
             root = None if insecure else server / keys.CA
             nodes = {} if insecure else registered(server, link, root)

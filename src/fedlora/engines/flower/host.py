@@ -27,7 +27,7 @@ from fedlora.study import private
 from fedlora.study.config import RunConfig
 from fedlora.study.deploy import written
 from fedlora.study.experiment import Terms, base_of, specified
-from fedlora.study.summary import Metric
+from fedlora.study.summary import UNSEEN_PRIOR, Metric
 from fedlora.study.tasks import task_of
 
 PLAN, NODES = "federation.json", "nodes.json"
@@ -80,7 +80,6 @@ class Federation:
     spec: ModelSpec
     metric: Metric
     fleet: GridFleet
-    class_prior: Mapping[str, Any] | None = field(default=None)
     limits: Limits | None = field(default=LIMITS)
 
     @property
@@ -122,6 +121,11 @@ class Federation:
     def identity(self) -> Mapping[str, Any]:
         """What a checkpoint belongs to."""
         return {"population": self.plan.digest, "ranks": dict(self.spec.ranks)}
+
+    @property
+    def class_prior(self) -> Mapping[str, Any] | None:
+        """Not known here, and said to be so; None where there are no classes."""
+        return UNSEEN_PRIOR if self.plan.terms.labels else None
 
     def spent(self) -> tuple[int, Mapping[str, float]]:
         """What the sites say that they have done."""

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedlora.engines.flower.server_app import EVENTS
+from fedlora.errors import UserError
+from fedlora.study import folder as files
+
+if TYPE_CHECKING:
+    from fedlora.engines.flower.metrics import Metrics
 
 
 @dataclass(eq=False)
@@ -42,16 +49,21 @@ class Tail:
 
 @dataclass(eq=False)
 class Watch:
-    """Bars of rounds and clients on a terminal, a line for every round and event elsewhere; silent if not wanted."""
+    """Bars of rounds and clients on a terminal, a line for every round and event elsewhere; silent if not wanted.
+    ``metrics`` are told what is read, wanted or not, the rounds that were done before included."""
 
     folder: Path
     rounds: int
     wanted: bool
+    metrics: Metrics | None = None
     round: int = -1
     tails: dict[str, Tail] = field(default_factory=dict[str, Tail])
 
     def __enter__(self) -> Watch:
         self.tails = {name: Tail(self.folder / name) for name in (EVENTS, "metrics.jsonl")}
+        if self.metrics is not None:
+            for line in files.lines(self.folder / "metrics.jsonl"):
+                self.metrics.line(line)
         self.console = Console(stderr=True)
         self.bars = Progress(
             TextColumn("{task.description:<32}"),
@@ -80,7 +92,11 @@ class Watch:
         """Shows what is new."""
         for event in self.tails[EVENTS].lines():
             self._event(event)
+            if self.metrics is not None:
+                self.metrics.event(event)
         for line in self.tails["metrics.jsonl"].lines():
+            if self.metrics is not None:
+                self.metrics.line(line)
             self.round = max(self.round, int(line["round"]))
             loss = "" if line["loss"] is None else f"  loss {line['loss']:.3f}"
             self.bars.update(self.bar, completed=self.round, description=f"round {self.round}{loss}")
@@ -106,3 +122,24 @@ class Watch:
             self.say(f"{event['site']} does not take part: {event['reason']}")
         elif kind == "silent":
             self.say(f"{event['site']} is left behind at the deadline of round {event['round']}")
+
+
+@contextmanager
+def watched(folder: Path, rounds: int, progress: bool, metrics: tuple[str, int] | None) -> Iterator[Watch]:
+    """Whoever sits before the run: a person, and Prometheus where it may ask."""
+    if metrics is None:
+        with Watch(folder, rounds, progress) as watch:
+            yield watch
+        return
+    from fedlora.engines.flower.metrics import Metrics, served
+
+    told, (host, port) = Metrics(rounds), metrics
+    with served(told, host, port) as port, Watch(folder, rounds, progress, told) as watch:
+        watch.say(f"metrics at http://{host}:{port}/metrics")
+        yield watch
+
+
+def require_prometheus(wanted: object) -> None:
+    """Refuses to begin without the library that answers Prometheus."""
+    if wanted is not None and importlib.util.find_spec("prometheus_client") is None:
+        raise UserError("--metrics-port: prometheus_client is not installed", "pip install 'fedlora[prometheus]'")
