@@ -166,9 +166,9 @@ def test_runs_are_even_and_keep_the_budget(lengths: list[int], budget: int) -> N
     assert max(tokens) <= sum(tokens) / len(tokens) + 2 * max(lengths)
 
 
-@pytest.mark.parametrize(("lanes", "most"), [(1, 0.16), (8, 0.03), (16, 0.025)])
+@pytest.mark.parametrize(("lanes", "most"), [(1, 0.09), (8, 0.03), (16, 0.025)])
 def test_hardly_a_token_of_padding_is_computed(lanes: int, most: float) -> None:
-    """On lengths of real text, in bfloat16, whose tokens fill up to a multiple of 64."""
+    """On lengths of real text, in bfloat16, whose tokens fill up to a multiple of 32 or 64."""
     real = computed = 0
     for seed in range(20):
         lengths = np.sort(texts(lanes, seed))

@@ -32,8 +32,9 @@ KNOWN = {
     for name in names
 }
 """Modules whose layers see each token alone except in attention, and the attribute that holds these layers."""
-GRAIN = 64
-"""Tokens of a packed batch in bfloat16 are a multiple of this: oneDNN compiles a kernel for every number of tokens."""
+GRAIN, FINE, FEW = 64, 32, 512
+"""Tokens of a packed batch in bfloat16 are a multiple of the first, where they are few of the second: oneDNN compiles a
+kernel for every number of tokens."""
 NAME = "fedlora_packed"
 
 
@@ -138,14 +139,15 @@ def packed_sizes(lengths: np.ndarray, dtype: torch.dtype) -> tuple[int, int]:
     """(tokens, scores) that are computed for sequences of some lengths, what fills up included.
 
     >>> packed_sizes(np.array([2, 1, 3]), torch.float32), packed_sizes(np.array([40, 50]), torch.bfloat16)
-    ((6, 27), (128, 32768))
+    ((6, 27), (96, 32768))
     """
     blocks = [shape(len(rows), int(lengths[rows].max()), dtype) for rows in partition(lengths)]
     return filled(int(lengths.sum()), dtype), sum(rows * length**2 for rows, length, _ in blocks)
 
 
 def filled(tokens: int, dtype: torch.dtype) -> int:
-    return tokens + (-tokens % GRAIN if dtype == torch.bfloat16 else 0)
+    """So many tokens with those that fill up."""
+    return tokens + (-tokens % (FINE if tokens < FEW else GRAIN) if dtype == torch.bfloat16 else 0)
 
 
 @dataclass(frozen=True, eq=False)
