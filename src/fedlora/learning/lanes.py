@@ -229,7 +229,8 @@ class Stack:
     def joins(self) -> bool:
         """Whether the lanes' factors may, and should, meet all rows in one product: they are finite, and the type is
         one in which that is faster."""
-        if self.lanes == 1 or self.backbone.dtype not in TOGETHER:
+        fast = self.backbone.dtype in TOGETHER or self.backbone.device.type != "cpu"  # there calls are what is dear
+        if self.lanes == 1 or not fast:
             return False
         return finite([v for slots in self._factors(None).values() for s in slots for v in (s.A, s.B, s.C)])
 

@@ -311,9 +311,10 @@ class Learner:
     def steady(self, backbone: Backbone, name: str) -> Steady | None:
         """Of which shapes a backbone's batches are; None: of any."""
         store = self.store(name)
-        if self.packs(backbone, name) and backbone.kind != "causal-lm":  # whose head sees padded sequences
+        compiled = backbone.dtype in COMPILED and backbone.device.type == "cpu" and store.tokens is not None
+        if not compiled or (self.packs(backbone, name) and backbone.kind != "causal-lm"):  # its head sees padding
             return None
-        return Steady(int(store.lengths.max())) if backbone.dtype in COMPILED and store.tokens is not None else None
+        return Steady(int(store.lengths.max()))
 
     def groups(self, backbone: Backbone, name: str, work: Mapping[int, np.ndarray], tokens: int) -> list[Group]:
         """The passes of some work on a backbone; ``tokens``: what one may hold."""
