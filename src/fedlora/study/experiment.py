@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,16 +22,16 @@ from fedlora.federation.algorithm import Algorithm
 from fedlora.federation.memory import DiskMemory
 from fedlora.federation.orders import Model
 from fedlora.federation.rounds import evaluate
-from fedlora.federation.sampling import Cohorts, size
+from fedlora.federation.sampling import Cohorts
 from fedlora.federation.spec import Client, Extras, ModelSpec, Sums
 from fedlora.learning.backbone import Backbone, load_backbone
-from fedlora.learning.batches import lanes_for
-from fedlora.learning.fast import measure
 from fedlora.learning.learner import Learner
 from fedlora.learning.tasks import Examples, Task
 from fedlora.study import algorithm as algorithms
 from fedlora.study import private
 from fedlora.study.config import RunConfig
+from fedlora.study.resolution import TOKENS as TOKENS
+from fedlora.study.resolution import device_of, resolved
 from fedlora.study.summary import Metric, class_prior
 from fedlora.study.tasks import task_of
 
@@ -43,8 +42,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 POOLED = "(all data pooled)"
 EVERYONE = "(everyone)"
 """Whose test rows are everybody's."""
-TOKENS = 2048
-"""Of a pass, where nobody says how many: from about a thousand on, more make products hardly faster."""
 NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
@@ -210,7 +207,7 @@ def assemble(
         terms = terms_of(config, population, backbone, largest, backbone_of)
     algorithm = algorithms.settled(algorithm, terms.least)
     spec = specified(config, algorithm, backbone, terms)
-    config = _resolved(config, algorithm, population, backbone, task, examples, spec)
+    config = resolved(config, algorithm, population, backbone, task, examples, spec)
     for one in backbones.values():
         one.to(DTYPES[config.model.dtype])
     lanes = int(config.engine.lanes)
@@ -247,7 +244,7 @@ def base_of(config: RunConfig, labels: Sequence[str], model: Any = None) -> Back
         pooling=config.model.pooling,
         targets=config.adapter.targets,
         layers=config.adapter.layers,
-        device=_device(config.engine.device),
+        device=device_of(config.engine.device),
         processor=getattr(model, "processor", None),
         seed=config.seed,
     )
@@ -332,16 +329,6 @@ def _members(
     return {**members, POOLED: whole}, splits.new_child({POOLED: rows}), set(members)
 
 
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"[engine] device = {name!r}: {error}", 'use "auto", "cpu" or "cuda"') from None
-    return name
-
-
 def _started(
     spec: ModelSpec,
     config: RunConfig,
@@ -364,46 +351,3 @@ def _started(
                 )
     given = {name: value.to(spec.dtype) for name, value in tree.items()}
     return replace(spec, pretrained={**spec.pretrained, **given})
-
-
-def _resolved(
-    config: RunConfig,
-    algorithm: Algorithm[Any, Any, Any],
-    population: Population,
-    backbone: Backbone,
-    task: Task,
-    examples: Examples,
-    spec: ModelSpec,
-) -> RunConfig:
-    """The configuration with all that was open: the algorithm's defaults, labels, alpha, the measured compute type."""
-    config = algorithms.stated(config, algorithm)
-    dtype = config.model.dtype
-    private_models = config.clients.models is not None
-    if dtype == "auto" and private_models:
-        dtype = "float32"  # they train whole
-    if dtype == "auto":
-        chosen = measure(backbone, task, examples, spec)
-        dtype = str(chosen).removeprefix("torch.")
-    auto = config.engine
-    tokens = TOKENS if auto.tokens == "auto" else auto.tokens
-    lanes = auto.lanes
-    if lanes == "auto" and private_models:
-        lanes = 1  # models that train whole have a pass each
-    elif lanes == "auto":
-        cohort = size(config.training.clients_per_round, len(population.clients))
-        some = examples.units(np.linspace(0, len(examples.rows) - 2, min(256, len(examples.rows) - 1)).astype(np.int64))
-        lanes = lanes_for(tokens, examples.lengths[some], config.training.batch_size or 1, cohort)
-    return config.replace(
-        model={"dtype": dtype},
-        adapter={"alpha": spec.alpha},
-        data={
-            "labels": list(population.labels) or None,
-            "max_length": getattr(task, "max_length", None) if private_models else config.data.max_length,
-        },
-        clients={"ranks": config.clients.ranks or config.adapter.rank},
-        engine={
-            "lanes": lanes,
-            "tokens": tokens,
-            "device": os.fspath(_device(auto.device)),
-        },
-    )
