@@ -68,7 +68,7 @@ def test_table_has_rates_ratios_shares_and_failures() -> None:
 
 def test_cases_and_environments_are_what_is_promised() -> None:
     real = cases(quick=False)
-    assert [case.clients for case in real] == [20, 20, 20, 1000, 10_000]
+    assert [case.clients for case in real] == [20, 20, 20, 1000]
     assert [case.name for case in cases(quick=True)[:3]] == [shape.name for shape in SHAPES]
     for environment in (FLOWER, PFL):
         torch_, *rest = environment.requirements()
@@ -90,8 +90,8 @@ def test_every_case_takes_turns_and_failures_stay_rows(monkeypatch: pytest.Monke
     monkeypatch.setattr(compare, "versions", lambda: ({"flower": {"flwr": "1.41.0"}}, {"pfl": "no such Python"}))
     report = compare.run(quick=True)
     rows = {row[0]: row[1:] for row in report.rows}
-    assert rows[FLOWER_PLAIN][:4] == ("failed",) * 4
-    assert rows[PFL_TUNED] == ("failed",) * 5
+    assert rows[FLOWER_PLAIN] == ("failed",) * 4
+    assert rows[PFL_TUNED] == ("failed",) * 4
     assert rows[FLOWER_TUNED][0].startswith("2.0 (0.50x")
     assert "failed on 8 x 32 tokens: pfl-research, tuned: no such Python" in report.markdown()
     trials = len(candidates(quick=True))  # only the first case is tuned, then all ways take turns

@@ -107,4 +107,6 @@ class Meter:
         if not known:
             return None
         weights = combination(np.array([size for size, _ in known]), sizes)
-        return None if weights is None else float(weights @ np.array([cost for _, cost in known]))
+        if weights is None:
+            return None
+        return float(round(weights @ np.array([cost for _, cost in known])))  # whole, whichever passes were counted
