@@ -25,8 +25,9 @@ PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 test: check
 	$(PYTEST) -m "not slow"
 
+# A file's tests stay together: some are a story (machines that are set up once, clusters that share a host).
 test-all: check
-	$(PYTEST)
+	$(PYTEST) --dist loadfile
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,7 +84,7 @@ class Meter:
         return self.kinds.setdefault(value, len(self.kinds))
 
     @contextmanager
-    def watch(self, kind: Hashable, sizes: Sequence[float], shares: Iterable[tuple[str, float]]) -> Generator[None]:
+    def watch(self, kind: Hashable, sizes: Sequence[float], shares: Sequence[tuple[str, int]]) -> Generator[None]:
         """Books the pass inside the block. ``sizes``: what it costs a linear function of; ``shares``: how much of it is
         whose, in any unit."""
         size = np.array(sizes, dtype=np.float64)
@@ -96,10 +96,11 @@ class Meter:
                 yield
             cost = float(counter.total)
             self.known.setdefault(kind, []).append((size, cost))
-        parts = list(shares)
-        whole = sum(part for _, part in parts)
-        for client, part in parts:
-            self.clients[client] = self.clients.get(client, 0.0) + cost * part / max(whole, 1)
+        left, whole = int(cost), sum(part for _, part in shares)
+        for client, part in shares:  # whole operations, so that no order of adding matters
+            own = left * part // whole if whole else 0
+            self.clients[client] = self.clients.get(client, 0.0) + own
+            left, whole = left - own, whole - part
 
     def cost(self, kind: Hashable, sizes: Array) -> float | None:
         """Operations of a pass, or None where it must be counted."""
@@ -109,4 +110,4 @@ class Meter:
         weights = combination(np.array([size for size, _ in known]), sizes)
         if weights is None:
             return None
-        return float(round(weights @ np.array([cost for _, cost in known])))  # whole, whichever passes were counted
+        return float(round(float(weights @ np.array([cost for _, cost in known]))))  # whole, whichever were counted

@@ -293,7 +293,7 @@ class Learner:
             lengths = self.store(name).lengths[group.units]
             sizes += self._sizes(self.backbones[name], name, lengths)
         tokens = self.store(next(iter(names))).lengths[group.units]
-        shares = [(clients[lane], float(tokens[start:stop].sum())) for lane, start, stop in group.segments]
+        shares = [(clients[lane], int(tokens[start:stop].sum())) for lane, start, stop in group.segments]
         return self.meter.watch(kind, sizes, shares)
 
     def _sizes(self, backbone: Backbone, name: str, lengths: np.ndarray) -> list[float]:
