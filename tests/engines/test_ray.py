@@ -205,8 +205,9 @@ def test_kill_an_actor_then_the_head_then_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_cluster_that_is_there_loses_a_node(tmp_path: Path) -> None:
+def test_a_cluster_that_is_there_loses_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two nodes with room for one actor each: when one has gone, the other goes on alone. The cluster stays."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # an earlier ray.init has given this process a token of its own
     file = world(tmp_path, "rounds = 4\nbatch_size = 8\nsteps = 60\neval_every = 0\n")
     done("run", file, "--out", tmp_path / "here")
     there = tmp_path / "there"
@@ -215,7 +216,12 @@ def test_a_cluster_that_is_there_loses_a_node(tmp_path: Path) -> None:
         second = cluster.add_node(num_cpus=1)
         words = ("--set", "engine.name=ray", "--set", f"engine.address={cluster.address}", "--out", there)
         with (tmp_path / "output").open("wb") as output:
-            head = subprocess.Popen(command("run", file, *words), env=ENVIRONMENT, stdout=output, stderr=output)
+            head = subprocess.Popen(
+                command("run", file, *words),
+                env={**ENVIRONMENT, "RAY_AUTH_MODE": "disabled"},
+                stdout=output,
+                stderr=output,
+            )
             try:
                 until(lambda: len(pids(there)) == 2, head)
                 until(lambda: rounds(there) > 1, head)
