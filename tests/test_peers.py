@@ -6,7 +6,18 @@ import pytest
 import torch
 from benchmarks.lanes import SHAPES
 from benchmarks.peers import compare
-from benchmarks.peers.cases import FLOWER_PLAIN, FLOWER_TUNED, OURS, PFL_PLAIN, PFL_TUNED, WAYS, Case, candidates, cases
+from benchmarks.peers.cases import (
+    FLOWER_PLAIN,
+    FLOWER_TUNED,
+    OURS,
+    OURS_APART,
+    PFL_PLAIN,
+    PFL_TUNED,
+    WAYS,
+    Case,
+    candidates,
+    cases,
+)
 from benchmarks.peers.compare import Measured, Outcome, table
 from benchmarks.peers.environments import FLOWER, PFL
 from benchmarks.peers.flops import Encoder
@@ -50,20 +61,24 @@ def test_table_has_rates_ratios_shares_and_failures() -> None:
     small = Case("small", SHAPES[0], clients=20, steps=5, rounds=1, repeats=2)
     many = Case("many", SHAPES[1], clients=1000, steps=1, rounds=1, repeats=1, ways=(OURS, PFL_TUNED), memory=True)
     first = {OURS: outcome(2.0, 4.0, 2.0), FLOWER_PLAIN: outcome(8.0, 8.0, 10.0), PFL_PLAIN: outcome(4.0, 8.0, 4.0)}
-    first |= {FLOWER_TUNED: Outcome(failure="no such wheel"), PFL_TUNED: outcome(4.0)}
+    first |= {
+        OURS_APART: outcome(1.0, 1.0, 1.0),
+        FLOWER_TUNED: Outcome(failure="no such wheel"),
+        PFL_TUNED: outcome(4.0),
+    }
     last = {OURS: outcome(10.0, megabytes=600.0), PFL_TUNED: outcome(25.0)}
     found = [Measured(small, first, work=1e9, peak=200e9), Measured(many, last, work=1e9, peak=200e9)]
     report = table(found, {"flower": {"flwr": "1.41.0"}})
     rows = {row[0]: row[1:] for row in report.rows}
     assert list(rows) == list(WAYS)
-    assert rows[OURS] == ("50.0 (1.00x, 25%)", "10.0 s (1.00x), 600 MB")
-    assert rows[FLOWER_PLAIN] == ("12.5 (4.00x, 6%)", None)
+    assert rows[OURS] == ("50.0 (1.00x, 2.00x; 25%)", "10.0 s (1.00x), 600 MB")
+    assert rows[FLOWER_PLAIN] == ("12.5 (4.00x, 8.00x; 6%)", None)
     assert rows[FLOWER_TUNED] == ("failed", None)
-    assert rows[PFL_TUNED] == ("25.0 (2.00x, 12%)", "25.0 s (2.50x)")
+    assert rows[PFL_TUNED] == ("25.0 (2.00x, 4.00x; 12%)", "25.0 s (2.50x)")
     text = report.markdown()
     assert "failed on small: Flower, tuned: no such wheel" in text
     assert "environment of flower: flwr 1.41.0" in text
-    assert report.details["cases"]["small"][FLOWER_PLAIN]["ratio"] == 4.0
+    assert report.details["cases"]["small"][FLOWER_PLAIN]["ratios"] == {OURS: 4.0, OURS_APART: 8.0}
 
 
 def test_cases_and_environments_are_what_is_promised() -> None:
@@ -92,8 +107,8 @@ def test_every_case_takes_turns_and_failures_stay_rows(monkeypatch: pytest.Monke
     rows = {row[0]: row[1:] for row in report.rows}
     assert rows[FLOWER_PLAIN] == ("failed",) * 4
     assert rows[PFL_TUNED] == ("failed",) * 4
-    assert rows[FLOWER_TUNED][0].startswith("2.0 (0.50x")
+    assert rows[FLOWER_TUNED][0].startswith("2.0 (0.50x, 0.50x; ")
     assert "failed on 8 x 32 tokens: pfl-research, tuned: no such Python" in report.markdown()
     trials = len(candidates(quick=True))  # only the first case is tuned, then all ways take turns
-    assert turns[trials][0] == OURS
-    assert [turn[0] for turn in turns[trials + 3 : trials + 6]] == [OURS, FLOWER_PLAIN, FLOWER_TUNED]
+    assert [turn[0] for turn in turns[trials : trials + 2]] == [OURS, OURS_APART]
+    assert [turn[0] for turn in turns[trials + 4 : trials + 8]] == [OURS, OURS_APART, FLOWER_PLAIN, FLOWER_TUNED]

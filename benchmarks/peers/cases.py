@@ -18,13 +18,15 @@ from fedlora.federation.spec import ModelSpec
 from fedlora.learning.sources import minilm_folder
 
 FEW = Shape("4 texts, 24 tokens on average, up to 128", 4, texts)
-OURS, FLOWER_PLAIN, FLOWER_TUNED, PFL_PLAIN, PFL_TUNED = WAYS = (
+OURS, OURS_APART, FLOWER_PLAIN, FLOWER_TUNED, PFL_PLAIN, PFL_TUNED = WAYS = (
     "fedlora",
+    "fedlora, a process per core",
     "Flower, as users run it",
     "Flower, tuned",
     "pfl-research, as users run it",
     "pfl-research, tuned",
 )
+OWN = (OURS, OURS_APART)
 PEERS = {FLOWER_PLAIN: FLOWER, FLOWER_TUNED: FLOWER, PFL_PLAIN: PFL, PFL_TUNED: PFL}
 TUNED = (FLOWER_TUNED, PFL_TUNED)
 
@@ -92,7 +94,7 @@ def shape_of(name: str) -> Shape:
 
 def start(way: str, task: Task) -> Run:
     """Runs one federation in one way."""
-    if way == OURS:
+    if way in OWN:
         return run([sys.executable, "-m", "benchmarks.peers.ours"], task, search=(ROOT, ROOT / "src"))
     python, workers = PEERS[way].ready(), task.setting.workers or 1
     if PEERS[way] is FLOWER:
@@ -101,9 +103,19 @@ def start(way: str, task: Task) -> Run:
     return run([python, *launch, INSIDE / "pfl_peer.py"], task)
 
 
+def cores_here() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def plain(way: str) -> Setting:
+    """What a way computes with where nothing is tuned."""
+    return Setting(workers=cores_here(), threads=1) if way == OURS_APART else Setting()
+
+
 def candidates(quick: bool) -> list[Setting]:
     """What tuning tries: eager attention and no dropout always, the faster float32 products where they are exact."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = cores_here()
     base = Setting("eager", dropout=False, matmul=exact_onednn())
     found = [
         replace(base, autocast=cast, workers=workers, threads=threads)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lanes import ALPHA, LABELS, RANK
-from benchmarks.peers.cases import OURS, PEERS, TUNED, WAYS, Case, candidates, cases, start
+from benchmarks.peers.cases import OURS, OWN, PEERS, TUNED, WAYS, Case, candidates, cases, plain, start
 from benchmarks.peers.environments import FLOWER, PFL
 from benchmarks.peers.flops import Encoder, peak
 from benchmarks.peers.processes import Run, Setting
@@ -59,10 +59,14 @@ class Measured:
         """Client-steps a second."""
         return statistics.median(self.case.client_steps / value for value in self.outcomes[way].seconds)
 
-    def ratio(self, way: str) -> float | None:
-        """How many times faster ours is, by turns."""
-        pairs = list(zip(self.outcomes[OURS].seconds, self.outcomes[way].seconds))
-        return statistics.median(theirs / ours for ours, theirs in pairs) if pairs else None
+    def ratios(self, way: str) -> dict[str, float]:
+        """How many times faster each of our ways is, by turns."""
+        found: dict[str, float] = {}
+        for own in OWN:
+            pairs = list(zip(self.outcomes[own].seconds, self.outcomes[way].seconds)) if own in self.outcomes else []
+            if pairs:
+                found[own] = statistics.median(theirs / ours for ours, theirs in pairs)
+        return found
 
     def cell(self, way: str) -> str | None:
         """A way's place in the table."""
@@ -71,10 +75,9 @@ class Measured:
             return None
         if not outcome.runs:
             return "failed"
-        ratio = self.ratio(way)
-        times = "" if ratio is None else f"{ratio:.2f}x"
+        times = ", ".join(f"{ratio:.2f}x" for ratio in self.ratios(way).values())
         if not self.case.memory:
-            return f"{self.rate(way):.1f} ({', '.join([times] * bool(times) + [f'{self.share(way):.0%}'])})"
+            return f"{self.rate(way):.1f} ({times}{'; ' * bool(times)}{self.share(way):.0%})"
         memory = "" if outcome.megabytes is None else f", {outcome.megabytes:,.0f} MB"
         return f"{statistics.median(outcome.seconds):.1f} s{f' ({times})' * bool(times)}{memory}"
 
@@ -88,10 +91,10 @@ class Measured:
         for way, outcome in self.outcomes.items():
             found[way] = {
                 "client_steps_per_second": self.rate(way) if outcome.runs else None,
-                "ratio": self.ratio(way),
+                "ratios": self.ratios(way),
                 "share_of_peak": self.share(way) if outcome.runs else None,
                 "megabytes": outcome.megabytes,
-                "setting": None if way == OURS else asdict(outcome.setting),
+                "setting": asdict(outcome.setting),
                 "failure": outcome.failure,
                 "runs": [asdict(run) for run in outcome.runs],
             }
@@ -130,7 +133,7 @@ def tuned(way: str, case: Case, settings: Sequence[Setting], folder: Path, spec:
 
 def measured(case: Case, settings: Sequence[Setting], folder: Path, spec: ModelSpec) -> Measured:
     """All ways on one case, taking turns."""
-    outcomes = {way: Outcome() for way in case.ways}
+    outcomes = {way: Outcome(plain(way)) for way in case.ways}
     for way in case.ways:
         if way in TUNED:
             outcomes[way] = tuned(way, case, settings, folder, spec)
@@ -163,8 +166,9 @@ def notes(results: Sequence[Measured], found: Mapping[str, Mapping[str, str]]) -
     lines = [
         f"MiniLM, LoRA of rank {RANK} on query and value and a head, AdamW; {first.clients} clients of {first.steps} "
         f"steps a round, or one step for each of up to {last.clients:,} clients of {last.shape.batch} examples",
-        "client-steps a second (how many times faster fedlora is; share of the bfloat16 peak), or seconds of a round "
-        "(the same ratio) and peak memory of all processes together, pages that they share counted once",
+        "client-steps a second (how many times faster fedlora is in one process, then with a process per core; share "
+        "of the bfloat16 peak), or seconds of a round (the same ratios) and peak memory of all processes together, "
+        "pages that they share counted once",
         f"fresh processes that take turns, {first.repeats} repeats ({last.repeats} with many clients); a round of "
         f"{min(20, first.clients)} clients warms each up; ratios are medians of each turn's own",
         "as users run it: training mode (the model's dropout of 0.1), SDPA, float32, default libraries and resources; "
@@ -175,7 +179,7 @@ def notes(results: Sequence[Measured], found: Mapping[str, Mapping[str, str]]) -
         "layer of frozen linears at the tokens of a fused pass, measured between the turns",
         f'fedlora: everything "auto" (lanes that fill {TOKENS} tokens a pass; '
         + "; ".join(f"{name}: {' or '.join(kinds)}" for name, kinds in types.items() if kinds)
-        + "); no dropout",
+        + '); no dropout; a process per core: the same with [engine] name = "ray", one thread each',
     ]
     for name, packages in found.items():
         lines.append(f"environment of {name}: " + ", ".join(f"{key} {value}" for key, value in packages.items()))

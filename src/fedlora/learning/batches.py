@@ -129,15 +129,17 @@ def _cheapest(sizes: np.ndarray, budget: int, computed: Computed) -> list[tuple[
 
 
 def lanes_for(tokens: int, lengths: np.ndarray, batch: int, clients: int) -> int:
-    """How many clients' batches fill a pass of so many tokens: at least ``FEWEST`` and at most ``MOST``, and no more
-    than there are clients.
+    """How many clients' batches fill a pass of so many tokens: at least ``FEWEST`` and at most ``MOST``, or a few less
+    such that the clients of a round take turns in equal shares.
 
     >>> lengths = np.array([10, 30])
-    >>> lanes_for(2048, lengths, 8, 100), lanes_for(2048, lengths, 2, 100), lanes_for(2048, lengths, 2, 5)
-    (13, 32, 5)
+    >>> lanes_for(2048, lengths, 8, 1000), lanes_for(2048, lengths, 2, 1000), lanes_for(2048, lengths, 2, 40)
+    (13, 32, 20)
     """
     wanted = -(-tokens // max(1, round(batch * float(lengths.mean())))) if len(lengths) else FEWEST
-    return max(1, min(max(wanted, FEWEST), MOST, clients))
+    most = max(1, min(max(wanted, FEWEST), MOST))
+    turns = max(1, -(-clients // most))
+    return max(1, -(-clients // turns))
 
 
 def segments(lanes: np.ndarray) -> tuple[Segment, ...]:

@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 KERNELS = "64"
-EVERY = 4
+EVERY = 32
 """Units of work (fused steps, passes of scoring) between two releases."""
 
 

@@ -33,7 +33,7 @@ from fedlora.study.summary import Metric
 log = logging.getLogger(__name__)
 SECONDS = 10.0
 TURNS = 4
-"""Shards for each actor in a round: one that is slow, or lost, leaves little for the others to wait for."""
+"""The most shards of an actor in a round: one that is slow, or lost, leaves little for the others to wait for."""
 
 
 @dataclass(frozen=True)
@@ -274,12 +274,13 @@ def sized(engine: EngineSettings, gpu: bool, resources: Mapping[str, float]) -> 
 
 
 def shard_of(clients: int, actors: int, lanes: int) -> int:
-    """Clients at a time, so that every actor has some turns in a round, and fills its lanes where there are enough.
+    """Clients at a time, so that all actors have as many turns in a round, one to four, with full lanes or nearly so.
 
     >>> shard_of(1000, 2, 8), shard_of(20, 2, 8), shard_of(3, 2, 8), shard_of(0, 2, 8)
-    (125, 8, 2, 1)
+    (125, 5, 2, 1)
     """
-    return max(1, math.ceil(clients / (TURNS * actors)), min(lanes, math.ceil(clients / actors)))
+    turns = min(TURNS, max(1, math.ceil(clients / (actors * lanes))))
+    return max(1, math.ceil(clients / (turns * actors)))
 
 
 @contextmanager
