@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub
 
 from benchmarks import (
     aggregation,
+    breakdown,
     clients,
     codec,
     communication,
@@ -33,6 +34,7 @@ BENCHMARKS: dict[str, Callable[[bool], Report]] = {
     "codec": codec.run,
     "scheduler": scheduler.run,
     "lanes": lanes.run,
+    "breakdown": breakdown.run,
     "flower": flower.run,
     "peers": compare.run,
 }

@@ -62,6 +62,12 @@ def test_one_number_that_is_not_finite_is_found_wherever_it_hides(
     assert reason(arrays) == "not finite"
 
 
+def test_large_numbers_are_finite() -> None:
+    arrays = {"x": torch.full((2, 3), 1.7e308, dtype=torch.float64), "y": torch.full((5,), 3e38)}
+    expected = {name: tuple(value.shape) for name, value in arrays.items()}
+    assert fault(Update(arrays, 1.0, {}), expected, CLIENT) is None
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.sets(st.sampled_from(sorted(SHAPES)), min_size=1), st.sets(st.text(max_size=5), max_size=3))
 def test_a_missing_or_surplus_name_is_refused(dropped: set[str], added: set[str]) -> None:

@@ -100,6 +100,8 @@ def fault(
             return problem
         if (shape is None or -1 in shape) and (problem := _rank(name, update.arrays, client)):
             return problem
+    if (name := _unbounded(update.arrays)) is not None:
+        return Refusal("not finite", f"{name} is not finite")
     if max_norm is not None and (found := norm(update.arrays)) > max_norm:
         return Refusal("norm", f"the norm {found:.6g} is above the limit {max_norm:.6g}")
     limit = math.inf if client.examples is None else client.examples
@@ -122,9 +124,18 @@ def _wrong(name: str, value: torch.Tensor, shape: Shape | None, dtype: torch.dty
         return Refusal("shape", f"{name} has shape {tuple(value.shape)}, not {tuple(shape)}")
     if shape is not None and dtype is not None and value.dtype != dtype:
         return Refusal("type", f"{name} has type {value.dtype}, not {dtype}")
-    if not bool(torch.isfinite(value).all()):
-        return Refusal("not finite", f"{name} is not finite")
     return None
+
+
+def _unbounded(arrays: Tree) -> str | None:
+    """The first array with a number that is not finite. A sum is finite only if all that it adds is: one look tells of
+    every array, as a rule."""
+    sums = [value.sum(dtype=torch.float64) for value in arrays.values()]
+    if not sums or bool(torch.stack(sums).isfinite().all()):
+        return None
+    return next(
+        (name for name, value in arrays.items() if not bool(value.isfinite().all())), None
+    )  # or too large a sum
 
 
 def _rank(name: str, arrays: Tree, client: Client) -> Refusal | None:
