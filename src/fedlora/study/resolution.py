@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from fedlora.study.config import RunConfig
 
 TOKENS = 2048
 """Of a pass, where nobody says how many: from about a thousand on, more make products hardly faster."""
+SOME = 256
+"""Clients, and examples, that are looked at to settle how many clients train in one pass."""
 
 
 def device_of(name: str) -> str:
@@ -60,8 +63,12 @@ def resolved(
         lanes = 1  # models that train whole have a pass each
     elif lanes == "auto":
         cohort = size(config.training.clients_per_round, len(population.clients))
-        some = examples.units(np.linspace(0, len(examples.rows) - 2, min(256, len(examples.rows) - 1)).astype(np.int64))
-        lanes = lanes_for(tokens, examples.lengths[some], config.training.batch_size or 1, cohort)
+        own = [len(rows["fit"]) for rows in islice(population.clients.values(), SOME)]
+        batch = min(config.training.batch_size or 1, max(1, int(np.median(own))))
+        some = examples.units(
+            np.linspace(0, len(examples.rows) - 2, min(SOME, len(examples.rows) - 1)).astype(np.int64)
+        )
+        lanes = lanes_for(tokens, examples.lengths[some], batch, cohort)
     return config.replace(
         model={"dtype": dtype},
         adapter={"alpha": spec.alpha},
