@@ -17,6 +17,7 @@ from engines.commands import ENVIRONMENT, command, done
 from study import tiny
 
 pytestmark = pytest.mark.slow
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell's children inherit that it is ignored
 SYSTEMS = {
     "fdlora": 'name = "fdlora"\ngenerations = 1\n',
     "flexlora": 'name = "flexlora"\n',
