@@ -271,6 +271,8 @@ def test_ctrl_c_stops_everything_and_resume_goes_on(
     run.asked(2)
     started = children(run.process.pid)
     run.process.send_signal(signal.SIGINT)
+    until(lambda: len(children(run.process.pid)) < len(started), 60)
+    run.process.send_signal(signal.SIGINT)  # an impatient second one, while children are stopped
     assert run.process.wait(60) == 130
     assert "fedlora resume" in run.text
     until(lambda: not named(started, "fedlora") and not named(started, "flower"), 20)

@@ -11,16 +11,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 from transformers import PreTrainedModel
 
 from fedlora.adapters.inject import embeddings, inject, norms, remove, select
 from fedlora.adapters.lora import LaneLinear, Plan, applied
 from fedlora.errors import UserError
 from fedlora.federation.spec import Extras, ModelSpec, Tree
-from fedlora.learning.packing import Layers, packable, packed, packing
+from fedlora.learning.packing import Known, Layers, Packing, Reached, packable, packed, packing, until
 from fedlora.learning.pooled import POOLINGS, hidden_size, masked_mean
+from fedlora.learning.prefix import Prefix
 from fedlora.learning.sources import (
     Kind,
     classifier_of,
@@ -69,6 +72,7 @@ class Backbone:
         self._stack = self._packable()
         self._configs = [m.config for m in self.module.modules() if isinstance(m, PreTrainedModel)]
         self._attention = ""
+        self._prefix: Prefix | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,7 +86,14 @@ class Backbone:
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Backbone:
         """Moves the base in place. The head's own values stay as loaded."""
         move(self.module, dtype, device)
+        self.remember(0 if self._prefix is None else self._prefix.limit)
         return self
+
+    def remember(self, limit: int) -> None:
+        """Keeps what the layers below the first adapter say of each text, in at most so many bytes (0: nothing). Only
+        where sequences run without their padding; what was kept before is forgotten."""
+        depth = 0 if self._stack is None else self._stack.depth(self.sites)
+        self._prefix = Prefix(depth, limit) if limit and depth else None
 
     # -- one pass
 
@@ -99,26 +110,53 @@ class Backbone:
         factors meet all rows in one product (``Plan.together`` says when they may).
         """
         self._attend(inputs)
-        with self._adapted(inputs, plan, together):
+        with self._adapted(inputs, plan, together, known=not overrides):
             if self.kind == "causal-lm":
                 return self._language(inputs, overrides)
             out = self._call(inputs, overrides)
         return (out.logits if hasattr(out, "logits") else out), None
 
     @contextmanager
-    def _adapted(self, inputs: Mapping[str, Tensor], plan: Plan | None, together: bool) -> Generator[None]:
+    def _adapted(self, inputs: Mapping[str, Tensor], plan: Plan | None, together: bool, known: bool) -> Generator[None]:
         """The adapted layers follow the plan, on packed tokens where this model and batch allow it."""
         found = None
         if "input_ids" in inputs and self.packs(inputs["input_ids"].shape[1]):
             found = packing(inputs["attention_mask"], cast(Layers, self._stack).heads, self.dtype)
         with ExitStack() as stack:
             if found is not None:
-                stack.enter_context(packed(cast(Layers, self._stack), found))
+                lower = self._lower(inputs, found) if known else None
+                stack.enter_context(packed(cast(Layers, self._stack), found, lower))
                 plan = None if plan is None else found.plan(plan)
             if plan is not None and together and len(plan.segments) > 1:
                 plan = plan.together(self.dtype, self.device)
             stack.enter_context(applied(self._layers, plan))
             yield
+
+    def _lower(self, inputs: Mapping[str, Tensor], found: Packing) -> Known | None:
+        """What the layers below the first adapter say of a batch; None where nothing is kept. Whoever counts operations
+        sees a whole pass, whatever was known, and the numbers are the same."""
+        prefix = self._prefix
+        if prefix is None:
+            return None
+        lengths = np.diff(found.starts)
+        rows = inputs["input_ids"].numpy()
+        texts = [row[:length].tobytes() for row, length in zip(rows, lengths)]
+
+        def alone(row: int) -> Tensor:
+            own = {name: value[row : row + 1, : int(lengths[row])] for name, value in inputs.items()}
+            layers = cast(Layers, self._stack)
+            single = cast(Packing, packing(own["attention_mask"], layers.heads, self.dtype))
+            with torch.no_grad(), packed(layers, single), until(layers, prefix.depth):
+                try:
+                    self._call(own, None)
+                except Reached as end:
+                    return end.hidden[: int(lengths[row]), 0].clone()
+            raise AssertionError("a pass went beyond the layer that it was to end at")
+
+        counted = is_in_torch_dispatch_mode()
+        with _disable_current_modes():
+            known = found.joined(prefix.rows(texts, alone))
+        return Known(prefix.depth, known, counted)
 
     def packs(self, longest: int) -> bool:
         """Whether sequences of at most this length run without their padding: of a known model, on a CPU."""
@@ -167,11 +205,13 @@ class Backbone:
         """The base's own parameters hold other values inside the block (for passes that are not differentiated)."""
         own = {path: self.module.get_parameter(self._actual[path]) for path in overrides}
         kept = {path: parameter.data for path, parameter in own.items()}
+        prefix, self._prefix = self._prefix, None
         try:
             for path, parameter in own.items():
                 parameter.data = overrides[path].detach()
             yield
         finally:
+            self._prefix = prefix
             for path, parameter in own.items():
                 parameter.data = kept[path]
 

@@ -10,7 +10,7 @@ A token's result, and so every number that is not finite, depends on its own seq
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,6 +57,11 @@ class Packing:
         """(sequences or 1, longest, ...) -> (tokens, 1, ...)."""
         whole = values.expand(self.shape[0], *values.shape[1:]).flatten(0, 1)
         return whole.index_select(0, self.source).unsqueeze(1)
+
+    def joined(self, rows: Sequence[Tensor]) -> Tensor:
+        """What is packed of sequences (tokens, width) -> (tokens, 1, width)."""
+        more = len(self.source) - self.starts[-1]
+        return torch.cat([*rows, rows[0][:1].expand(more, -1)]).unsqueeze(1)
 
     def unpack(self, values: Tensor) -> Tensor:
         """(tokens, 1, width) -> (sequences, longest, width); nothing flows back through padding."""
@@ -160,6 +165,11 @@ class Layers:
     heads: int
     config: Any
 
+    def depth(self, sites: Iterable[str]) -> int:
+        """The lowest layer that has one of the sites (0: there is none)."""
+        numbers = [int(site.removeprefix(f"{self.path}.").split(".", 1)[0]) for site in sites]
+        return min(numbers, default=0)
+
 
 def packable(module: nn.Module) -> Layers | None:
     """A model's layers, where it is known that they may be packed."""
@@ -179,14 +189,54 @@ def packable(module: nn.Module) -> Layers | None:
     return Layers(prefix, list(getattr(stack, attribute)), config.num_attention_heads, config)
 
 
+@dataclass(frozen=True, eq=False)
+class Known:
+    """Packed hidden states (tokens, 1, width) before layer ``depth``: the layers below need not be computed, and are
+    only where ``whole`` asks for it (what they say is not used)."""
+
+    depth: int
+    hidden: Tensor
+    whole: bool = False
+
+
+class Reached(Exception):
+    """A pass is at the layer that it was made for, with these hidden states."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
 @contextmanager
-def packed(found: Layers, packing: Packing) -> Generator[None]:
+def until(found: Layers, depth: int) -> Generator[None]:
+    """A pass inside the block ends before layer ``depth``, as ``Reached``."""
+
+    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+        raise Reached(args[0])
+
+    handle = found.layers[depth].register_forward_pre_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _as_it_came(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden
+
+
+@contextmanager
+def packed(found: Layers, packing: Packing, known: Known | None = None) -> Generator[None]:
     """The layers see packed tokens inside the block, and what comes after them padded sequences."""
 
-    def enter(first: bool) -> Callable[..., Any]:
+    depth = -1 if known is None else known.depth
+    skipped = [] if known is None or known.whole else found.layers[:depth]
+
+    def enter(number: int) -> Callable[..., Any]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            if first:
+            if number == 0:
                 args = (packing.pack(args[0]), *args[1:])
+            if known is not None and number == depth:
+                args = (known.hidden, *args[1:])
             if kwargs.get("position_embeddings") is not None:
                 kwargs = {
                     **kwargs,
@@ -202,8 +252,11 @@ def packed(found: Layers, packing: Packing) -> Generator[None]:
     before = found.config._attn_implementation
     with ExitStack() as stack:
         for i, layer in enumerate(found.layers):
-            stack.callback(layer.register_forward_pre_hook(enter(i == 0), with_kwargs=True).remove)
+            stack.callback(layer.register_forward_pre_hook(enter(i), with_kwargs=True).remove)
         stack.callback(found.layers[-1].register_forward_hook(leave).remove)
+        for layer in skipped:
+            layer.forward = _as_it_came
+            stack.callback(layer.__dict__.pop, "forward")
         found.config._attn_implementation = NAME
         try:
             yield

@@ -209,7 +209,7 @@ def assemble(
     spec = specified(config, algorithm, backbone, terms)
     config = resolved(config, algorithm, population, backbone, task, examples, spec)
     for one in backbones.values():
-        one.to(DTYPES[config.model.dtype])
+        one.to(DTYPES[config.model.dtype]).remember(config.engine.prefix)
     lanes = int(config.engine.lanes)
     owned = Validated(population.clients, config.data.seed) if config.training.validate_rounds else population.clients
     members, splits, strangers = _members(algorithm, population, owned, examples, terms)

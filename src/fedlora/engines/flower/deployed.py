@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,18 @@ import tomli_w
 from fedlora.data.fields import columns_of
 from fedlora.engines.flower.federate import FLOWER, alive, is_federated, read, result, supervise
 from fedlora.engines.flower.host import NODES, Plan, require_federable
-from fedlora.engines.flower.processes import HOST, Process, SiteProcesses, SuperLink, environment, wait_for_port
+from fedlora.engines.flower.processes import (
+    HOST,
+    Process,
+    SiteProcesses,
+    SuperLink,
+    environment,
+    stoppable,
+    wait_for_port,
+)
 from fedlora.engines.flower.server_app import EVENTS, STATUS
 from fedlora.engines.flower.watch import require_prometheus, watched
-from fedlora.errors import Interrupted, UserError
+from fedlora.errors import UserError
 from fedlora.sites import keys, settings
 from fedlora.study import algorithm as algorithms
 from fedlora.study import folder as files
@@ -239,22 +245,6 @@ class Flwr:
                 f"if the key is in use already, remove {self.link.folder} and start again",
             )
         return told
-
-
-@contextmanager
-def stoppable(message: str) -> Iterator[None]:
-    """SIGTERM (systemd, Compose) stops like Ctrl-C: children first, and with a word on how to go on."""
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted(message) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def status(server: Path) -> list[str]:

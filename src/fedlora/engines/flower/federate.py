@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.engines.flower.host import PLAN, Plan, require_federable
-from fedlora.engines.flower.processes import SiteProcesses, SuperLink
+from fedlora.engines.flower.processes import SiteProcesses, SuperLink, stoppable
 from fedlora.engines.flower.server_app import STATUS
 from fedlora.engines.flower.split import divided
 from fedlora.engines.flower.watch import Watch
-from fedlora.errors import Interrupted, UserError
+from fedlora.errors import UserError
 from fedlora.study import algorithm as algorithms
 from fedlora.study import folder as files
 from fedlora.study.config import RunConfig, dumps, load
@@ -81,22 +81,21 @@ def operate(folder: Path, progress: bool) -> Result:
     sites = [SiteProcesses(site, "") for site in sorted((folder / "sites").iterdir())]
     rounds = load(folder / "config.toml").training.rounds
     (folder / STATUS).unlink(missing_ok=True)
-    try:
-        with Watch(folder, rounds, progress) as watch:
-            link.start()
+    with stoppable(f"stopped; go on with: fedlora resume {folder}"):
+        try:
+            with Watch(folder, rounds, progress) as watch:
+                link.start()
+                for site in sites:
+                    site.superlink = link.address
+                    site.start()
+                link.submit(folder)
+                supervise(folder, link, sites, watch)
+        finally:
+            stop_server(folder)  # first: it would take the end of the sites for lost replies
             for site in sites:
-                site.superlink = link.address
-                site.start()
-            link.submit(folder)
-            supervise(folder, link, sites, watch)
-    except KeyboardInterrupt:
-        raise Interrupted(f"stopped; go on with: fedlora resume {folder}") from None
-    finally:
-        stop_server(folder)  # first: it would take the end of the sites for lost replies
-        for site in sites:
-            site.stop()
-        if link.process is not None:
-            link.process.stop()
+                site.stop()
+            if link.process is not None:
+                link.process.stop()
     return result(folder)
 
 

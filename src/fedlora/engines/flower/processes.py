@@ -11,8 +11,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import tomli_w
 
 from fedlora import __version__
 from fedlora.engines.flower import channel
-from fedlora.errors import UserError
+from fedlora.errors import Interrupted, UserError
 
 HOST = "127.0.0.1"
 APP = {
@@ -221,6 +223,32 @@ class SiteProcesses:
                 process.stop()
         if self.sockets is not None:
             shutil.rmtree(self.sockets, ignore_errors=True)
+
+
+@contextmanager
+def stoppable(message: str) -> Iterator[None]:
+    """SIGTERM (systemd, Compose) stops like Ctrl-C: children first, and with a word on how to go on. A second one, of
+    somebody who does not want to wait, or of a supervisor that signals twice, leaves no child behind."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main program's
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        for name in before:
+            signal.signal(name, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+    before = {name: handler for name, handler in before.items() if handler is not signal.SIG_IGN}
+    for name in before:
+        signal.signal(name, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(message) from None
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 def wait_for_port(host: str, port: int, process: Process, seconds: float = 60.0) -> None:
