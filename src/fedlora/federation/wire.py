@@ -39,8 +39,9 @@ def encode(plain: Any) -> bytes:
 
 def frame_size(plain: Any) -> int:
     """``len(encode(plain))``, without touching the tensors' data."""
-    if isinstance(plain, Mapping) and all(type(value) is Tensor for value in plain.values()):
-        return _tree_size(tuple((key, value.dtype, value.shape) for key, value in plain.items()))
+    tree: Mapping[str, Any] = cast(Mapping[str, Any], plain) if isinstance(plain, Mapping) else {}
+    if tree and all(type(value) is Tensor for value in tree.values()):
+        return _tree_size(tuple((key, value.dtype, value.shape) for key, value in tree.items()))
     header, found = _layout(plain)
     return len(header) + sum(value.numel() * value.element_size() for value in found)
 
