@@ -18,6 +18,7 @@ from benchmarks import (
     lanes,
     memory,
     mixing,
+    prefix,
     scheduler,
     startup,
 )
@@ -35,6 +36,7 @@ BENCHMARKS: dict[str, Callable[[bool], Report]] = {
     "scheduler": scheduler.run,
     "lanes": lanes.run,
     "breakdown": breakdown.run,
+    "prefix": prefix.run,
     "flower": flower.run,
     "peers": compare.run,
 }

@@ -9,15 +9,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.lanes import LABELS, RANK, SEED, SHAPES, fleet, world
-from benchmarks.peers.flops import Encoder, peak
+from benchmarks.peers.compare import MINILM
+from benchmarks.peers.flops import peak
 from benchmarks.report import Report
 from fedlora.federation.rounds import rounds
 from fedlora.learning.backbone import load_backbone
 from fedlora.learning.batches import lanes_for
-from fedlora.study.experiment import TOKENS
+from fedlora.study.resolution import TOKENS
 
 CLIENTS, STEPS, WARM = 20, 5, 3
-MINILM = Encoder(layers=6, width=384, inner=1536, rank=RANK)
 KINDS: Mapping[str, tuple[str, ...]] = {
     "products of linear layers and adapters": ("mm", "addmm"),
     "attention: products by head, softmax, rows to heads and back": (

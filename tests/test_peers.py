@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from benchmarks.lanes import SHAPES
@@ -21,10 +23,12 @@ from benchmarks.peers.cases import (
 from benchmarks.peers.compare import Measured, Outcome, table
 from benchmarks.peers.environments import FLOWER, PFL
 from benchmarks.peers.flops import Encoder
+from benchmarks.peers.ours import texts
 from benchmarks.peers.processes import Run, Setting, Task
 from peft import LoraConfig, TaskType, get_peft_model
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
+from fedlora.learning.backbone import load_backbone
 from fedlora.learning.flops import Counter
 
 ROWS, LENGTH, WIDTH, LABELS = 3, 10, 32, 4
@@ -79,6 +83,16 @@ def test_table_has_rates_ratios_shares_and_failures() -> None:
     assert "failed on small: Flower, tuned: no such wheel" in text
     assert "environment of flower: flwr 1.41.0" in text
     assert report.details["cases"]["small"][FLOWER_PLAIN]["ratios"] == {OURS: 4.0, OURS_APART: 8.0}
+
+
+def test_our_texts_have_as_many_tokens_as_the_peers_batches(tmp_path: Path) -> None:
+    case = Case("some", SHAPES[2], clients=3, steps=2, rounds=1, repeats=1)
+    spec = load_backbone("minilm", "text-classification", labels=("a", "b", "c", "d")).spec(8)
+    task = case.task(tmp_path, spec)
+    rows = list(texts(task))
+    tokenizer = AutoTokenizer.from_pretrained(task.folder)
+    assert [len(tokenizer(row["text"])["input_ids"]) for row in rows] == case.lengths(spec).tolist()
+    assert [row["client"] for row in rows] == [f"{k:04d}" for k in range(3) for _ in range(16)]
 
 
 def test_cases_and_environments_are_what_is_promised() -> None:

@@ -87,11 +87,6 @@ def cases(quick: bool) -> list[Case]:
     return [*sizes, Case("1,000 clients of 4 texts", FEW, 1000, 1, 1, 1, 100, memory=True)]
 
 
-def shape_of(name: str) -> Shape:
-    """A shape by its name."""
-    return next(shape for shape in (*SHAPES, FEW) if shape.name == name)
-
-
 def start(way: str, task: Task) -> Run:
     """Runs one federation in one way."""
     if way in OWN:

@@ -21,7 +21,7 @@ from benchmarks.peers.processes import Run, Setting
 from benchmarks.report import Report
 from fedlora.federation.spec import ModelSpec
 from fedlora.learning.backbone import load_backbone
-from fedlora.study.experiment import TOKENS
+from fedlora.study.resolution import TOKENS
 
 MINILM = Encoder(layers=6, width=384, inner=1536, rank=RANK)
 

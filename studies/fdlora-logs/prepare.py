@@ -1,8 +1,8 @@
 """Log lines of events that have several: python studies/fdlora-logs/prepare.py [logs_16_systems.parquet]
 
 Writes runs/fdlora-logs/data.parquet with a column ``split``. An event's lines differ in their parameters only. Kept on
-one side of the split, as near-copies are by default, 56 % of the test lines would be of events that were never trained;
-so distinct lines are divided by event here: has the model learnt an event, whatever its parameters?
+one side of the split, as near-copies are by default, many test lines would be of events that were never trained; so
+distinct lines are divided by event here: has the model learnt an event, whatever its parameters?
 """
 
 from __future__ import annotations

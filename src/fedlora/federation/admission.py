@@ -129,13 +129,11 @@ def _wrong(name: str, value: torch.Tensor, shape: Shape | None, dtype: torch.dty
 
 def _unbounded(arrays: Tree) -> str | None:
     """The first array with a number that is not finite. A sum is finite only if all that it adds is: one look tells of
-    every array, as a rule."""
+    every array, unless a sum itself is too large."""
     sums = [value.sum(dtype=torch.float64) for value in arrays.values()]
     if not sums or bool(torch.stack(sums).isfinite().all()):
         return None
-    return next(
-        (name for name, value in arrays.items() if not bool(value.isfinite().all())), None
-    )  # or too large a sum
+    return next((name for name, value in arrays.items() if not bool(value.isfinite().all())), None)
 
 
 def _rank(name: str, arrays: Tree, client: Client) -> Refusal | None:

@@ -30,7 +30,6 @@ from fedlora.learning.tasks import Examples, Task
 from fedlora.study import algorithm as algorithms
 from fedlora.study import private
 from fedlora.study.config import RunConfig
-from fedlora.study.resolution import TOKENS as TOKENS
 from fedlora.study.resolution import device_of, resolved
 from fedlora.study.summary import Metric, class_prior
 from fedlora.study.tasks import task_of

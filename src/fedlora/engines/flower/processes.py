@@ -238,8 +238,8 @@ def stoppable(message: str) -> Iterator[None]:
             signal.signal(name, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
-    before = {name: handler for name, handler in before.items() if handler is not signal.SIG_IGN}
+    found = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+    before = {name: handler for name, handler in found.items() if handler not in (None, signal.SIG_IGN)}
     for name in before:
         signal.signal(name, stop)
     try:
