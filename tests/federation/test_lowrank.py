@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedlora.adapters import lowrank
-from fedlora.adapters.lowrank import SMALL, TOLERANCE, Change, gram, iterate, leading, truncate
+from fedlora.adapters.lowrank import SMALL, TOLERANCE, Change, flat, gram, iterate, leading, truncate
 
 linalg: Any = torch.linalg
 WIDE = torch.float64
@@ -151,6 +151,23 @@ def test_the_iteration_keeps_its_bound_or_gives_up(case: Case, name: str, seed: 
     if found is not None:
         case.judge(found.u * found.s @ found.v.T, TOLERANCE + 1e-6)
         assert found.rest == pytest.approx(float(case.s[case.rank :].norm()), rel=1e-3, abs=1e-5 * case.size)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases())
+def test_float32_eigenvectors_lose_no_more_than_allowed_or_give_up(case: Case) -> None:
+    found = flat(lowrank.change_of(case.tree, "q").to(torch.float32), case.rank)
+    if found is not None:
+        case.judge(found.u * found.s @ found.v.T, 1e-5)
+        assert found.rest == pytest.approx(float(case.s[case.rank :].norm()), rel=1e-3, abs=1e-5 * case.size)
+        assert float((found.u.T @ found.u - torch.eye(case.rank, dtype=WIDE)).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("terms", [None, 90])
+@pytest.mark.parametrize(("kind", "enough"), [("flat", True), ("exponential", False)])
+def test_which_spectra_float32_eigenvectors_take(kind: str, enough: bool, terms: int | None) -> None:
+    case = Case(kind, (SIDE, 400), 60, seed=1, terms=terms)
+    assert (flat(lowrank.change_of(case.tree, "q").to(torch.float32), 60) is not None) == enough
 
 
 @settings(max_examples=20, deadline=None)

@@ -12,8 +12,10 @@ Away from ties both say the same. Ways, cheapest first; each hands on to the nex
    has fewer numbers; it begins with a *start* (last round's right singular vectors) where there is one. It stops by a
    bound that it computes, and gives up early where the spectrum is too flat for its budget of products.
 2. Small sites: a dense SVD in float64, or that of the core of stacked factors.
-3. The eigenvectors of dW dW^T in float64 (``gram``), whose squares lose nothing that matters: directions below 1e-8 of
-   the largest. Where the factors' rank is below half the smaller side, of their core, by QR of both.
+3. ``flat``: the eigenvectors of dW dW^T in float32, for what the iteration has found too flat; checked by residuals.
+4. The same in float64 (``gram``), whose squares lose nothing that matters: directions below 1e-8 of the largest.
+
+Where the factors' rank is below half the smaller side, 3 and 4 work on their core.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ STEPS = 16  # products that the iteration may take; by then the Gram matrix is c
 SMALL = 256  # smaller sides up to this one are decomposed densely
 BLOCK = 512  # rows at a time where the whole would only be summed: large fresh memory costs more than the products
 DOUBT = 16.0  # how much larger than its residual a direction may be that hides in an unresolved column
+FLAT = 1e-2  # share of |dW|^2 above which |dW|^2 - |S|^2 still has its digits in float32
 CANCELS = 1e-2  # share of |dW| below which Gram matrices of factors say little of it in float32
 NOISE = 1e-2  # share of every start's vector that is random: no start is blind to a direction
 
@@ -178,7 +181,8 @@ def leading(change: Change, rank: int, seed: int, start: Tensor | None = None) -
         small = change.to(torch.float32)
         if small.right is not None and small.left.numel() + small.right.numel() >= math.prod(small.shape):
             small = Change(small.product())
-        if (found := iterate(small, rank, seed, start)) is not None:
+        found = iterate(small, rank, seed, start) or flat(small, rank)
+        if found is not None:
             return found
     wide = change.to(torch.float64)
     if min(wide.shape) <= SMALL:
@@ -189,6 +193,52 @@ def leading(change: Change, rank: int, seed: int, start: Tensor | None = None) -
     (left, upper), (right, lower) = _orthonormal(wide.left), _orthonormal(wide.right.T)
     found = gram(upper @ lower.T, min(rank, len(upper)))
     return replace(found, u=left @ found.u, v=right @ found.v)
+
+
+def flat(change: Change, rank: int) -> Leading | None:
+    """By the eigenvectors of dW dW^T in float32, some more than are wanted; None where that is not enough.
+
+    One step in float64 makes triplets of them: ``dW^T u_i = s_i v_i`` exactly, and ``e_i = |dW v_i - s_i u_i|`` is
+    measured. A wanted direction that is off by an angle of theta towards one outside, of singular value at most t, has
+    e = theta (s^2 - t^2) / s and loses theta^2 (s^2 - t^2) of |dW|^2: that is ``e_i^2 s_i^2 / (s_i^2 - t^2)``, which
+    must stay below the tolerance. t is the value a quarter into the columns beyond the wanted ones, as in ``bound``.
+
+    Of factors with few columns only the triangles are needed, L = Q T and R^T = P S: the core T S^T has the singular
+    values, and Q x = L T^-1 x.
+    """
+    if change.shape[0] > change.shape[1]:
+        found = flat(change.transposed, rank)
+        return found and found.swapped
+    upper = None
+    if change.right is None or 2 * change.left.shape[1] >= min(change.shape):
+        matrix = change.product()
+    else:
+        upper, lower = _triangle(change.left), _triangle(change.right.T)
+        if upper is None or lower is None:
+            return None
+        matrix = upper @ lower.T
+    squares = matrix @ matrix.T
+    vectors = linalg.eigh(squares)[1][:, -width(rank) :]
+    if upper is not None:
+        vectors = change.left @ linalg.solve_triangular(upper, vectors, upper=True)
+    u, _ = _qr(vectors.double())
+    right, core = _qr(change.transposed.times(u.float()).double())
+    inner, s, vt = _svd(core.T)
+    u, v = u @ inner, right @ vt.T
+    missed = (change.times(v.float()).double() - u * s).square().sum(0)[:rank]
+    every, size = s**2, float(squares.diagonal().sum(dtype=torch.float64))
+    gap = every[:rank] - every[rank + (len(every) - rank) // 4]
+    if not float((missed * every[:rank] / gap.clamp_min(0)).sum()) <= TOLERANCE**2 * size:
+        return None
+    rest = max(0.0, size - float(every[:rank].sum()))
+    u, s, v = u[:, :rank], s[:rank], v[:, :rank]
+    return Leading(u, s, v, math.sqrt(rest)) if rest > FLAT * size else _first(change, u, s, v)
+
+
+def _triangle(matrix: Tensor) -> Tensor | None:
+    """T of matrix = Q T by Cholesky; None where it fails."""
+    upper, failed = linalg.cholesky_ex(matrix.T @ matrix, upper=True)
+    return None if int(failed) else upper
 
 
 def gram(matrix: Tensor, rank: int) -> Leading:

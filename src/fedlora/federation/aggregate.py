@@ -80,10 +80,12 @@ class Products:
         for site in sites(update.arrays):
             if f"{site}/W" in update.arrays:
                 change = update.arrays[f"{site}/W"]
-                mine: dict[str, Any] = {"left": [], "right": [], "sum": weight * change.to(self.dtype(change))}
+                total = weight * change.to(self.dtype(change))
+                mine: dict[str, Any] = {"left": [], "right": [], "held": 0, "sum": total}
             else:
                 left, right = factors(update.arrays, site, self.dtype(update.arrays[f"{site}/A"]))
-                mine = {"left": [left.mul_(weight)], "right": [right]}  # s B is nobody else's
+                held = left.numel() + right.numel()
+                mine = {"left": [left.mul_(weight)], "right": [right], "held": held}  # s B is nobody else's
             found[site] = self.join(found[site], mine) if site in found else self.settle(mine)
         rest = Mean().accumulate(acc["whole"], client, Update(whole(update.arrays), update.weight, {}))
         return {"weight": acc["weight"] + weight, "sites": found, "whole": rest}
@@ -94,20 +96,19 @@ class Products:
 
     def join(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
         """The sum of two sites' accumulators."""
-        both = {"left": [*a["left"], *b["left"]], "right": [*a["right"], *b["right"]]}
+        both = {name: a[name] + b[name] for name in ("left", "right", "held")}
         if sums := [one["sum"] for one in (a, b) if "sum" in one]:
             both["sum"] = sums[0] if len(sums) == 1 else sums[0] + sums[1]
         return self.settle(both)
 
     def settle(self, found: Mapping[str, Any]) -> dict[str, Any]:
         """Factors while they are few."""
-        held = sum(factor.numel() for factor in (*found["left"], *found["right"]))
-        if not held:
+        if not found["left"]:
             return dict(found)
         size = found["left"][0].shape[0] * found["right"][0].shape[1]
-        if not self.dense and held < size:
+        if not self.dense and found["held"] < size:
             return dict(found)
-        return {"left": [], "right": [], "sum": self.total(found)}
+        return {"left": [], "right": [], "held": 0, "sum": self.total(found)}
 
     def total(self, found: Mapping[str, Any], weight: float = 1.0) -> Tensor:
         """The dense sum over the weight."""
