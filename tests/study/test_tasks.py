@@ -97,12 +97,22 @@ def test_dirichlet_clients_with_label_spaces_of_their_own(tmp_path: Path) -> Non
     file = tiny.run_file(
         tmp_path,
         data='label_space = "client"\npartition = {by = "dirichlet", clients = 4, alpha = 0.2}\n',
-        adapter='extras = {head = "private"}\n',
         training="rounds = 3\nepochs = 3\nbatch_size = 4\n",
     )
     summary = run(file, tmp_path / "run", "training.eval_every=0")
+    assert load(tmp_path / "run" / "config.toml").adapter.extras.head == "private"  # nothing else was said
     assert summary["global"] is None  # private heads: no single model
     assert summary["personal"]["mean"] > 0.5
+    said = run(file, tmp_path / "said", "training.rounds=1", 'adapter.extras.head="share"')
+    assert said["global"] is not None
+
+
+@pytest.mark.parametrize("name", ["ditto", "fdlora", "feddpa"])
+def test_a_variant_called_global_is_no_global_score_where_heads_are_private(tmp_path: Path, name: str) -> None:
+    file = tiny.run_file(tmp_path, adapter='extras = {head = "private"}\n', training="rounds = 1\nsteps = 1\n")
+    summary = run(file, tmp_path / "run", f"algorithm.name={name}")
+    assert "global" in summary["personal"]["variants"]
+    assert summary["global"] is None
 
 
 @pytest.mark.parametrize("algorithm", ["fedit", "pooled"])

@@ -38,8 +38,8 @@ class Mean:
     def accumulate(self, acc: Mapping[str, Any], client: Client, update: Update) -> dict[str, Any]:
         sums, weights, weight = dict(acc["sum"]), dict(acc["weight"]), float(update.weight)
         for key, value in update.arrays.items():
-            value = value.double()
-            sums[key] = torch.add(sums[key], value, alpha=weight) if key in sums else value * weight
+            known = key in sums  # what is added is widened on the way: no copy of it is made
+            sums[key] = torch.add(sums[key], value, alpha=weight) if known else value.double() * weight
             weights[key] = weights.get(key, 0.0) + weight
         return {"sum": sums, "weight": weights}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class Held:
         return (self.params, *self.model.others)
 
 
+@lru_cache(maxsize=1 << 16)  # every job of every client asks for the same names
 def factor(key: str) -> tuple[str, str] | None:
     """(site, A | B | C | W | scale) of an entry at a site, else None."""
     site, _, last = key.rpartition("/")

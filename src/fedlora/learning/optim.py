@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ Block = tuple[str, int, int]
 """(tree key, first, one past the last number) in a lane's flat row."""
 
 
+@lru_cache(maxsize=1 << 16)  # every job of every client asks for the same names
 def selects(selector: str, key: str) -> bool:
     """Whether a selector means a tree's entry: a factor at the sites, or a prefix.
 

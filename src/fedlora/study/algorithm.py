@@ -25,6 +25,8 @@ def build(config: RunConfig) -> Algorithm[Any, Any, Any]:
     """The configured algorithm; own parameters are checked against the class's fields and types.
 
     Its ``training`` and ``extras`` start from the class's defaults (the paper's) and take what the run file states.
+    Where every client has labels of its own, heads stay at home unless it says otherwise: averaged, a label's row would
+    be diluted by all who never see it.
     """
     cls = find(config.algorithm.name)
     fields = {field.name for field in dataclasses.fields(cls)}
@@ -39,7 +41,8 @@ def build(config: RunConfig) -> Algorithm[Any, Any, Any]:
         values["training"] = overlaid(cls(**values).training, config.training)
     if "extras" in fields:
         stated = config.adapter.extras.model_dump(exclude_none=True)
-        values["extras"] = dataclasses.replace(cls(**values).extras, **stated)
+        own = {"head": "private"} if config.data.label_space == "client" else {}
+        values["extras"] = dataclasses.replace(cls(**values).extras, **{**own, **stated})
     try:
         return cls(**values)
     except ValueError as error:

@@ -40,7 +40,7 @@ class ModelSettings(Section):
 
 class ExtrasSettings(Section):
     """``[adapter.extras]``: how heads, norms, embeddings and the whole base (``backbone``) take part; None: as the
-    algorithm does by default."""
+    algorithm does by default, but heads stay at home ("private") where ``[data] label_space`` is "client"."""
 
     head: Treatment | None = None
     norm: Treatment | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,13 +212,20 @@ def _scores(experiment: Host, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     if count is not None and count < len(clients):
         order = stream(experiment.config.seed, "eval", checkpoint["round"])
         clients = [clients[i] for i in sorted(_permutation(len(clients), order)[:count])]
-    summary = summarise(experiment.evaluate(checkpoint, clients), experiment.metric)
+    summary = _scored(experiment, checkpoint, clients)
     personal, overall = summary["personal"], summary["global"]
     return {
         "personal": {key: personal[key] for key in ("mean", "std", "worst_decile", "variants")},
         "global": None if overall is None else overall["score"],
         **({"validation": summary["validation"]} if "validation" in summary else {}),
     }
+
+
+def _scored(
+    experiment: Host, checkpoint: Mapping[str, Any], clients: Iterable[Client], adapters: Adapters | None = None
+) -> dict[str, Any]:
+    single = experiment.algorithm.server_model(checkpoint["state"]) is not None
+    return summarise(experiment.evaluate(checkpoint, clients, adapters), experiment.metric, single)
 
 
 def _permutation(count: int, generator: Any) -> list[int]:
@@ -253,7 +260,7 @@ def _summary(experiment: Host, checkpoint: Mapping[str, Any], adapters: Adapters
     lines = list(files.lines(experiment.folder / "metrics.jsonl"))
     seconds = sum(line["seconds"] for line in lines)
     steps = sum(line["client_steps"] for line in lines)
-    scores = summarise(experiment.evaluate(checkpoint, experiment.judged, adapters), experiment.metric)
+    scores = _scored(experiment, checkpoint, experiment.judged, adapters)
     prior = experiment.class_prior
     totals = {key: sum(line["bytes"][key] for line in lines) for key in ("up", "down", "setup_up", "setup_down")}
     return {
@@ -282,5 +289,5 @@ def _unseen(experiment: Host, checkpoint: Mapping[str, Any]) -> dict[str, Any] |
     strangers: tuple[Client, ...] = experiment.strangers
     if not strangers:
         return None
-    scores = summarise(experiment.evaluate(checkpoint, strangers), experiment.metric)
+    scores = _scored(experiment, checkpoint, strangers)
     return {"clients": len(strangers), "zero-shot": scores["global"], "few-shot": scores["personal"]}

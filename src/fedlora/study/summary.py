@@ -57,11 +57,13 @@ def spread(per_client: Mapping[str, float | None], metric: Metric) -> dict[str, 
     }
 
 
-def summarise(by_client: Mapping[str, Mapping[str, Sums]], metric: Metric) -> dict[str, Any]:
+def summarise(by_client: Mapping[str, Mapping[str, Sums]], metric: Metric, single: bool) -> dict[str, Any]:
     """``personal`` (the deployed variant), ``global`` (the union of test data) and every named variant; "validation" of
     the deployed one where a run keeps validation rows apart.
 
     ``by_client`` maps a client to its variants' sums, the deployed one first and "global" (the server's model) by name.
+    ``single``: whether there is a server's model; if not, a variant of that name is each client's own, with its head
+    say, and there is nothing to score on the union.
     """
     deployed = {name: metric.of(next(iter(sums.values()))) for name, sums in by_client.items() if sums}
     variants: dict[str, dict[str, Sums]] = {}
@@ -69,7 +71,7 @@ def summarise(by_client: Mapping[str, Mapping[str, Sums]], metric: Metric) -> di
     for name, results in by_client.items():
         for variant, sums in results.items():
             variants.setdefault(variant, {})[name] = sums
-        if "global" in results:
+        if single and "global" in results:
             union = merge_sums(union, results["global"])
     score = metric.of(union)
     kept = Metric(f"validation/{metric.name}", metric.higher_is_better)
