@@ -38,7 +38,8 @@ BENCHMARKS: dict[str, Callable[[bool], Report]] = {
     "breakdown": breakdown.run,
     "prefix": prefix.run,
     "flower": flower.run,
-    "peers": compare.run,
+    "peers": compare.shapes,
+    "peers-many": compare.many,
 }
 
 

@@ -19,6 +19,7 @@ from benchmarks.peers.cases import (
     Case,
     candidates,
     cases,
+    crowds,
 )
 from benchmarks.peers.compare import Measured, Outcome, table
 from benchmarks.peers.environments import FLOWER, PFL
@@ -72,7 +73,7 @@ def test_table_has_rates_ratios_shares_and_failures() -> None:
     }
     last = {OURS: outcome(10.0, megabytes=600.0), PFL_TUNED: outcome(25.0)}
     found = [Measured(small, first, work=1e9, peak=200e9), Measured(many, last, work=1e9, peak=200e9)]
-    report = table(found, {"flower": {"flwr": "1.41.0"}})
+    report = table("peers", "Others", found, {"flower": {"flwr": "1.41.0"}})
     rows = {row[0]: row[1:] for row in report.rows}
     assert list(rows) == list(WAYS)
     assert rows[OURS] == ("50.0 (1.00x, 2.00x; 25%)", "10.0 s (1.00x), 600 MB")
@@ -97,8 +98,9 @@ def test_our_texts_have_as_many_tokens_as_the_peers_batches(tmp_path: Path) -> N
 
 def test_cases_and_environments_are_what_is_promised() -> None:
     real = cases(quick=False)
-    assert [case.clients for case in real] == [20, 20, 20, 1000]
-    assert [case.name for case in cases(quick=True)[:3]] == [shape.name for shape in SHAPES]
+    assert [case.clients for case in real] == [20, 20, 20]
+    assert [case.name for case in cases(quick=True)] == [shape.name for shape in SHAPES]
+    assert [case.clients for case in crowds(quick=False)] == [1000]
     for environment in (FLOWER, PFL):
         torch_, *rest = environment.requirements()
         assert torch_.startswith("torch==")
@@ -117,10 +119,10 @@ def test_every_case_takes_turns_and_failures_stay_rows(monkeypatch: pytest.Monke
     monkeypatch.setattr(compare, "start", start)
     monkeypatch.setattr(compare, "peak", lambda encoder, tokens: 1e12)
     monkeypatch.setattr(compare, "versions", lambda: ({"flower": {"flwr": "1.41.0"}}, {"pfl": "no such Python"}))
-    report = compare.run(quick=True)
+    report = compare.shapes(quick=True)
     rows = {row[0]: row[1:] for row in report.rows}
-    assert rows[FLOWER_PLAIN] == ("failed",) * 4
-    assert rows[PFL_TUNED] == ("failed",) * 4
+    assert rows[FLOWER_PLAIN] == ("failed",) * 3
+    assert rows[PFL_TUNED] == ("failed",) * 3
     assert rows[FLOWER_TUNED][0].startswith("2.0 (0.50x, 0.50x; ")
     assert "failed on 8 x 32 tokens: pfl-research, tuned: no such Python" in report.markdown()
     trials = len(candidates(quick=True))  # only the first case is tuned, then all ways take turns

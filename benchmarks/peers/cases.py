@@ -79,12 +79,17 @@ class Case:
 
 
 def cases(quick: bool) -> list[Case]:
-    """All of them."""
+    """Shapes of batches."""
     if quick:
-        sizes = [Case(shape.name, shape, 2, 1, 1, 1, pilot=2) for shape in SHAPES]
-        return [*sizes, Case("4 clients of 4 texts", FEW, 4, 1, 1, 1, 2, memory=True)]
-    sizes = [Case(shape.name, shape, 20, 5, 1, 2, pilot=10) for shape in SHAPES]
-    return [*sizes, Case("1,000 clients of 4 texts", FEW, 1000, 1, 1, 1, 100, memory=True)]
+        return [Case(shape.name, shape, 2, 1, 1, 1, pilot=2) for shape in SHAPES]
+    return [Case(shape.name, shape, 20, 5, 1, 2, pilot=10) for shape in SHAPES]
+
+
+def crowds(quick: bool) -> list[Case]:
+    """Many small clients."""
+    if quick:
+        return [Case("4 clients of 4 texts", FEW, 4, 1, 1, 1, 2, memory=True)]
+    return [Case("1,000 clients of 4 texts", FEW, 1000, 1, 1, 1, 100, memory=True)]
 
 
 def start(way: str, task: Task) -> Run:

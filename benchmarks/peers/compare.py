@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lanes import ALPHA, LABELS, RANK
-from benchmarks.peers.cases import OURS, OWN, PEERS, TUNED, WAYS, Case, candidates, cases, plain, start
+from benchmarks.peers.cases import OURS, OWN, PEERS, TUNED, WAYS, Case, candidates, cases, crowds, plain, start
 from benchmarks.peers.environments import FLOWER, PFL
 from benchmarks.peers.flops import Encoder, peak
 from benchmarks.peers.processes import Run, Setting
@@ -161,16 +161,17 @@ def versions() -> tuple[dict[str, dict[str, str]], dict[str, str]]:
 
 def notes(results: Sequence[Measured], found: Mapping[str, Mapping[str, str]]) -> list[str]:
     """How it was measured, what tuning chose and what failed."""
-    first, last = results[0].case, results[-1].case
+    first = results[0].case
+    each = "one step" if first.steps == 1 else f"{first.steps} steps"
     types = {r.case.name: sorted({run.details["type"] for run in r.outcomes[OURS].runs}) for r in results}
     lines = [
-        f"MiniLM, LoRA of rank {RANK} on query and value and a head, AdamW; {first.clients} clients of {first.steps} "
-        f"steps a round, or one step for each of up to {last.clients:,} clients of {last.shape.batch} examples",
+        f"MiniLM, LoRA of rank {RANK} on query and value and a head, AdamW; {first.clients:,} clients of {each} a "
+        "round",
         "client-steps a second (how many times faster fedlora is in one process, then with a process per core; share "
         "of the bfloat16 peak), or seconds of a round (the same ratios) and peak memory of all processes together, "
         "pages that they share counted once",
-        f"fresh processes that take turns, {first.repeats} repeats ({last.repeats} with many clients); a round of "
-        f"{min(20, first.clients)} clients warms each up; ratios are medians of each turn's own",
+        f"fresh processes that take turns, {first.repeats} of each; a round of {min(20, first.clients)} clients warms "
+        "each up; ratios are medians of each turn's own",
         "as users run it: training mode (the model's dropout of 0.1), SDPA, float32, default libraries and resources; "
         "tuned: no dropout, eager attention and the fastest of float32 or bfloat16 autocast with one process or as "
         "many as there are cores, found by a short run of each. In both, a process keeps the loaded model (Flower's "
@@ -191,29 +192,33 @@ def notes(results: Sequence[Measured], found: Mapping[str, Mapping[str, str]]) -
     return lines
 
 
-def table(results: Sequence[Measured], found: Mapping[str, Mapping[str, str]]) -> Report:
+def table(name: str, title: str, results: Sequence[Measured], found: Mapping[str, Mapping[str, str]]) -> Report:
     """The report of what was measured."""
     rows = [(way, *(result.cell(way) for result in results)) for way in WAYS]
-    return Report(
-        "peers",
-        "Federations of MiniLM in fedlora's simulator and in others'",
-        ("way", *(result.case.name for result in results)),
-        rows,
-        notes(results, found),
-        {"versions": found, "cases": {result.case.name: result.details() for result in results}},
-    )
+    details = {"versions": found, "cases": {result.case.name: result.details() for result in results}}
+    return Report(name, title, ("way", *(result.case.name for result in results)), rows, notes(results, found), details)
 
 
-def run(quick: bool = False) -> Report:
+def shapes(quick: bool = False) -> Report:
+    """Batches of several shapes."""
+    return compared("peers", "Federations of MiniLM in fedlora's simulator and in others'", cases(quick), quick)
+
+
+def many(quick: bool = False) -> Report:
+    """Many small clients."""
+    return compared("peers-many", "Many small clients in fedlora's simulator and in others'", crowds(quick), quick)
+
+
+def compared(name: str, title: str, given: Sequence[Case], quick: bool) -> Report:
     """Every way on every case. A peer whose environment cannot be made has rows that say so."""
     found, failures = versions()
     spec = load_backbone("minilm", "text-classification", labels=LABELS).spec(RANK, ALPHA)
     settings, results = candidates(quick), list[Measured]()
     with tempfile.TemporaryDirectory() as place:
-        for case in cases(quick):
+        for case in given:
             out = [way for way in case.ways if way in PEERS and PEERS[way].name in failures]
             able = replace(case, ways=[way for way in case.ways if way not in out])
             result = measured(able, settings[-1:] if quick and results else settings, Path(place), spec)
             missing = {way: Outcome(failure=failures[PEERS[way].name]) for way in out}
             results.append(replace(result, outcomes={**result.outcomes, **missing}))
-    return table(results, found)
+    return table(name, title, results, found)
