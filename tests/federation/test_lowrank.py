@@ -170,6 +170,15 @@ def test_which_spectra_float32_eigenvectors_take(kind: str, enough: bool, terms:
     assert (flat(lowrank.change_of(case.tree, "q").to(torch.float32), 60) is not None) == enough
 
 
+@pytest.mark.parametrize("terms", [None, 90])
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_sizes_whose_squares_float32_does_not_hold(size: float, terms: int | None) -> None:
+    case = Case("flat", (SIDE, 400), 12, seed=5, terms=terms)
+    first = "q/B" if terms else "q/W"
+    found = leading(lowrank.change_of({**case.tree, first: size * case.tree[first]}, "q"), 12, 0)
+    case.judge(found.u * found.s @ found.v.T / size, 1e-5)
+
+
 @settings(max_examples=20, deadline=None)
 @given(cases())
 def test_gram_is_exact_to_its_squares(case: Case) -> None:

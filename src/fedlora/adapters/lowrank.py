@@ -218,6 +218,8 @@ def flat(change: Change, rank: int) -> Leading | None:
             return None
         matrix = upper @ lower.T
     squares = matrix @ matrix.T
+    if not bool(squares.isfinite().all()):  # squares of what float32 still holds
+        return None
     vectors = linalg.eigh(squares)[1][:, -width(rank) :]
     if upper is not None:
         vectors = change.left @ linalg.solve_triangular(upper, vectors, upper=True)
