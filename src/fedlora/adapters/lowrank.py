@@ -223,8 +223,8 @@ def flat(change: Change, rank: int) -> Leading | None:
     vectors = linalg.eigh(squares)[1][:, -width(rank) :]
     if upper is not None:
         vectors = change.left @ linalg.solve_triangular(upper, vectors, upper=True)
-    u, _ = _qr(vectors.double())
-    right, core = _qr(change.transposed.times(u.float()).double())
+    u, _ = _orthonormal(vectors.double())
+    right, core = _orthonormal(change.transposed.times(u.float()).double())
     inner, s, vt = _svd(core.T)
     u, v = u @ inner, right @ vt.T
     missed = (change.times(v.float()).double() - u * s).square().sum(0)[:rank]
