@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,9 +23,13 @@ linalg: Any = torch.linalg  # untyped in torch
 
 def sites(tree: Tree) -> list[str]:
     """The sites a tree changes, by factors or densely, sorted."""
-    return sorted(
-        {key.rsplit("/", 1)[0] for key in tree if key.endswith(("/A", "/W")) and not key.startswith("extra/")}
-    )
+    return list(_sites(tuple(tree)))
+
+
+@lru_cache(maxsize=256)  # clients' trees have the same names, round after round
+def _sites(names: tuple[str, ...]) -> tuple[str, ...]:
+    changed = (key for key in names if key.endswith(("/A", "/W")) and not key.startswith("extra/"))
+    return tuple(sorted({key.rsplit("/", 1)[0] for key in changed}))
 
 
 def ranks(tree: Tree) -> dict[str, int]:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedlora.adapters.algebra import shapes
 from fedlora.algorithms.merging import (
     Average,
     Bucket,
@@ -122,7 +121,7 @@ class FedIT(Algorithm[State, Tree, Tree]):
 
     def expects(self, state: State, client: Client, round: int, kind: Kind) -> Mapping[str, Shape | None]:
         received = self.merging.serve(state["merged"], client)
-        expected = shapes(self.merging.send(received, received))
+        expected = self.merging.expects(received)
         return {**expected, SHARE: tuple(state["share"].shape)} if self.prior else expected
 
     def server_update(self, state: State, value: Tree, round: int) -> State:

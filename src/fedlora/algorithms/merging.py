@@ -20,6 +20,7 @@ from fedlora.adapters.algebra import (
     difference,
     part,
     ranks,
+    shapes,
     sites,
     whole,
     zeros,
@@ -29,7 +30,7 @@ from fedlora.errors import UserError
 from fedlora.federation.aggregate import Mean, Products
 from fedlora.federation.algorithm import Aggregator, Update
 from fedlora.federation.orders import Model
-from fedlora.federation.spec import Client, Extras, ModelSpec, Tree, derive
+from fedlora.federation.spec import Client, Extras, ModelSpec, Shape, Tree, derive
 
 State = Mapping[str, Any]
 
@@ -138,6 +139,10 @@ class Merging(Protocol):
         """What a client sends after training what it received."""
         ...
 
+    def expects(self, payload: Tree) -> dict[str, Shape | None]:
+        """The names and shapes of that."""
+        ...
+
     def update(self, state: State, value: Tree, round: int) -> State: ...
     def model(self, state: State) -> Model:
         """The server's model."""
@@ -170,6 +175,9 @@ class Average:
 
     def send(self, tuned: Tree, payload: Tree) -> dict[str, Tensor]:
         return difference(tuned, payload)
+
+    def expects(self, payload: Tree) -> dict[str, Shape | None]:
+        return shapes({key: value for key, value in payload.items() if not key.endswith("/scale")})
 
     def update(self, state: State, value: Tree, round: int) -> State:
         return add(state, value)
@@ -239,6 +247,9 @@ class Svd:
 
     def send(self, tuned: Tree, payload: Tree) -> dict[str, Tensor]:
         return {key: tuned[key] for key in adapter(payload)} | difference(tuned, whole(payload))
+
+    def expects(self, payload: Tree) -> dict[str, Shape | None]:
+        return shapes(payload)
 
     def update(self, state: State, value: Tree, round: int) -> State:
         served, errors = dict(state["served"]), dict(state["error"])

@@ -93,7 +93,7 @@ class SLoRA(Algorithm[State, Tree, Tree]):
 
     def expects(self, state: State, client: Client, round: int, kind: Kind) -> Mapping[str, Shape | None]:
         served = self.broadcast(state, client, round)
-        return shapes(served if state["sparse"] is not None else self.merging.send(served, served))
+        return shapes(served) if state["sparse"] is not None else self.merging.expects(served)
 
     def server_update(self, state: State, value: Tree, round: int) -> State:
         if state["sparse"] is None:

@@ -204,7 +204,7 @@ class Learner:
                 shared = prefixes if model.backbone == "base" else prefixes & {"head"}  # the others are the base's own
                 own |= {k: v for k, v in start.items() if k.split("/", 1)[0] in shared and readable(k, backbone)}
         params = {**own, **model.params}
-        return Held(model, params, chosen(selectors, list(params)))
+        return Held(model, params, chosen(tuple(selectors), tuple(params)))
 
     # -- training
 

@@ -16,7 +16,6 @@ Block = tuple[str, int, int]
 """(tree key, first, one past the last number) in a lane's flat row."""
 
 
-@lru_cache(maxsize=1 << 16)  # every job of every client asks for the same names
 def selects(selector: str, key: str) -> bool:
     """Whether a selector means a tree's entry: a factor at the sites, or a prefix.
 
@@ -28,7 +27,8 @@ def selects(selector: str, key: str) -> bool:
     return key == selector or key.startswith(f"{selector}/")
 
 
-def chosen(selectors: Sequence[str], keys: Sequence[str]) -> tuple[str, ...]:
+@lru_cache(maxsize=256)  # every job of every client asks for the same names
+def chosen(selectors: tuple[str, ...], keys: tuple[str, ...]) -> tuple[str, ...]:
     """The trained keys. A selector that means nothing is an error."""
     for selector in selectors:
         if not any(selects(selector, key) for key in keys):
