@@ -275,6 +275,5 @@ def notes(shapes: Mapping[tuple[int, int], int], repeats: int) -> tuple[str, ...
         "decaying: there are no 1.3 B weights here; clients' changes have the sizes by component and the singular "
         "values by direction measured over ten rounds of FlexLoRA on MiniLM (`benchmarks/decay.py`), drawn at these "
         "shapes; flat: Gaussian factors; the drawn aggregate has a sharper knee at the largest rank than the "
-        "measured one (both are in the JSON files): on a 2048 x 2048 matrix of the measured spectrum itself (ranks "
-        "8/30/200) the iteration took 10 to 13 products in place of 5, 0.49 to 0.62 s of one thread in place of 0.25",
+        "measured one (both are in the JSON files), which flatters the iteration: a rounder knee takes it more products",
     )
