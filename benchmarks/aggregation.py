@@ -275,5 +275,6 @@ def notes(shapes: Mapping[tuple[int, int], int], repeats: int) -> tuple[str, ...
         "decaying: there are no 1.3 B weights here; clients' changes have the sizes by component and the singular "
         "values by direction measured over ten rounds of FlexLoRA on MiniLM (`benchmarks/decay.py`), drawn at these "
         "shapes; flat: Gaussian factors; the drawn aggregate has a sharper knee at the largest rank than the "
-        "measured one (both are in the JSON files), which flatters the iteration: a rounder knee takes it more products",
+        "measured one (both are in the JSON files), which flatters the iteration: a rounder knee takes it more "
+        "products",
     )
