@@ -79,6 +79,18 @@ def test_a_study_from_its_file(tmp_path: Path) -> None:
     assert json.loads(lost.read_text())["personal"] == before
     assert all(path.stat().st_mtime_ns == at for path, at in times.items() if path != lost)
     assert len(table(folder / "runs.csv")) == 6
+    # a list that is tuned over may grow, since its edge may have been the best; a tried value may not be hidden
+    wider = STUDY.replace("[0.001, 0.02]", "[0.001, 0.02, 1e-9]")
+    file.write_text(wider.format(seeds="[0, 1, 2]"))
+    said.clear()
+    compare(file, tmp_path / "out", say=said.append)
+    assert len(said) == 2 * 3 + 4
+    assert (place / "lr-1e-09" / "seed-0" / "summary.json").exists()
+    assert all(path.stat().st_mtime_ns == at for path, at in times.items() if path != lost)
+    file.write_text(STUDY.format(seeds="[0, 1, 2]"))
+    with pytest.raises(UserError, match=r"1e-09.* not in"):
+        compare(file, tmp_path / "out")
+    file.write_text(wider.format(seeds="[0, 1, 2]"))
     (tmp_path / "my.toml").write_text((tmp_path / "my.toml").read_text().replace("rounds = 2", "rounds = 1"))
     with pytest.raises(UserError, match="another base"):
         compare(file, tmp_path / "out")

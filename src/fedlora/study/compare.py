@@ -180,9 +180,9 @@ def compare(
 ) -> Path:
     """Runs what is not yet run, writes ``table.csv``, ``table.md`` and ``runs.csv``, and gives the folder back.
 
-    The tables are there after the first seed. What is finished is read, what was interrupted is resumed; seeds and
-    grid may grow between calls, base and tuning may not. Raises UserError where the cells of a seed saw different data
-    although the grid sets no ``data`` key.
+    The tables are there after the first seed. What is finished is read, what was interrupted is resumed; seeds, grid
+    and the values that are tuned over may grow between calls, the base may not change. Raises UserError where the
+    cells of a seed saw different data although the grid sets no ``data`` key.
     """
     name = "study" if isinstance(study, Study) else Path(study).stem
     study = study if isinstance(study, Study) else load_study(study)
@@ -236,13 +236,20 @@ def _run(study: Study, cell: Cell, setting: Cell, seed: int, folder: Path, progr
 
 
 def _claim(folder: Path, study: Study) -> None:
-    """A study's folder holds runs of one base and one tuning only."""
+    """A study's folder holds runs of one base; what was tuned over stays among what is tuned over (a list whose best
+    value is its last may grow), or a cell could keep a setting that is not in the study."""
     known = folder / "study.json"
     value = {"base": json.loads(json.dumps(study.base)), "tune": [dict(cell.changes) for cell in study.settings]}
-    if known.exists() and json.loads(known.read_text()) != value:
-        raise UserError(
-            f"{folder}: holds runs of another base or tuning", "choose another --out, or delete what is there"
-        )
+    if known.exists():
+        before = json.loads(known.read_text())
+        if before["base"] != value["base"]:
+            raise UserError(f"{folder}: holds runs of another base", "choose another --out, or delete what is there")
+        lost = [setting for setting in before["tune"] if setting not in value["tune"]]
+        if lost:
+            raise UserError(
+                f"{folder}: holds runs tuned over {lost[0] or 'nothing'}, which is not in [tune] now",
+                "values may be added, not taken away: choose another --out",
+            )
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(known, value)
 
