@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,6 +21,7 @@ from fedlora.adapters.inject import embeddings, inject, norms, remove, select
 from fedlora.adapters.lora import LaneLinear, Plan, applied
 from fedlora.errors import UserError
 from fedlora.federation.spec import Extras, ModelSpec, Tree
+from fedlora.learning.checkpointing import checkpointable, checkpointed, surrounded
 from fedlora.learning.packing import Known, Layers, Packing, Reached, packable, packed, packing, until
 from fedlora.learning.pooled import POOLINGS, hidden_size, masked_mean
 from fedlora.learning.prefix import Prefix
@@ -29,6 +30,8 @@ from fedlora.learning.sources import (
     classifier_of,
     find_head,
     folder_of,
+    joined,
+    linear,
     load_model,
     load_processor,
     minilm_folder,
@@ -73,6 +76,7 @@ class Backbone:
         self._configs = [m.config for m in self.module.modules() if isinstance(m, PreTrainedModel)]
         self._attention = ""
         self._prefix: Prefix | None = None
+        self._checkpointed: list[nn.Module] = []
 
     @property
     def dtype(self) -> torch.dtype:
@@ -95,6 +99,16 @@ class Backbone:
         depth = 0 if self._stack is None else self._stack.depth(self.sites)
         self._prefix = Prefix(depth, limit) if limit and depth else None
 
+    def checkpoint(self) -> None:
+        """From now on layers keep their inputs only, and are computed again for gradients: the same numbers in less
+        memory. UserError where a model has no layers of which this is known."""
+        self._checkpointed = checkpointable(self.module)
+        if not self._checkpointed:
+            raise UserError(
+                f"[engine] checkpointing: {self.name} has no layers that transformers knows how to compute again",
+                "leave it out for this model",
+            )
+
     # -- one pass
 
     def forward(
@@ -110,26 +124,33 @@ class Backbone:
         factors meet all rows in one product (``Plan.together`` says when they may).
         """
         self._attend(inputs)
-        with self._adapted(inputs, plan, together, known=not overrides):
+        replaced = {self._actual[path]: value for path, value in (overrides or {}).items()}
+        with self._adapted(inputs, plan, together, replaced):
             if self.kind == "causal-lm":
-                return self._language(inputs, overrides)
-            out = self._call(inputs, overrides)
+                return self._language(inputs, replaced)
+            out = self._call(inputs, replaced)
         return (out.logits if hasattr(out, "logits") else out), None
 
     @contextmanager
-    def _adapted(self, inputs: Mapping[str, Tensor], plan: Plan | None, together: bool, known: bool) -> Generator[None]:
+    def _adapted(
+        self, inputs: Mapping[str, Tensor], plan: Plan | None, together: bool, replaced: Mapping[str, Tensor]
+    ) -> Generator[None]:
         """The adapted layers follow the plan, on packed tokens where this model and batch allow it."""
         found = None
         if "input_ids" in inputs and self.packs(inputs["input_ids"].shape[1]):
             found = packing(inputs["attention_mask"], cast(Layers, self._stack).heads, self.dtype)
         with ExitStack() as stack:
             if found is not None:
-                lower = self._lower(inputs, found) if known else None
+                lower = None if replaced else self._lower(inputs, found)
                 stack.enter_context(packed(cast(Layers, self._stack), found, lower))
                 plan = None if plan is None else found.plan(plan)
             if plan is not None and together and len(plan.segments) > 1:
                 plan = plan.together(self.dtype, self.device)
             stack.enter_context(applied(self._layers, plan))
+            if self._checkpointed:
+                now = [(config, config._attn_implementation) for config in self._configs]
+                again = partial(surrounded, self.module, replaced, now, partial(applied, self._layers, plan))
+                stack.enter_context(checkpointed(self._checkpointed, again))
             yield
 
     def _lower(self, inputs: Mapping[str, Tensor], found: Packing) -> Known | None:
@@ -148,7 +169,7 @@ class Backbone:
             single = cast(Packing, packing(own["attention_mask"], layers.heads, self.dtype))
             with torch.no_grad(), packed(layers, single), until(layers, prefix.depth):
                 try:
-                    self._call(own, None)
+                    self._call(own, {})
                 except Reached as end:
                     return end.hidden[: int(lengths[row]), 0].clone()
             raise AssertionError("a pass went beyond the layer that it was to end at")
@@ -169,25 +190,22 @@ class Backbone:
         inside = found is not None and all(site.startswith(f"{found.path}.") for site in self.sites)
         return found if inside else None
 
-    def _language(
-        self, inputs: Mapping[str, Tensor], overrides: Mapping[str, Tensor] | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _language(self, inputs: Mapping[str, Tensor], replaced: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         seen: list[Tensor] = []
         output: nn.Module = self.module.get_output_embeddings()  # type: ignore[operator]
         handle = output.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
         try:
-            out = self._call({**inputs, "use_cache": False}, overrides)  # type: ignore[dict-item]
+            out = self._call({**inputs, "use_cache": False}, replaced)  # type: ignore[dict-item]
         finally:
             handle.remove()
         return masked_mean(seen[0], inputs["attention_mask"]), out.logits
 
-    def _call(self, inputs: Mapping[str, Any], overrides: Mapping[str, Tensor] | None) -> Any:
+    def _call(self, inputs: Mapping[str, Any], replaced: Mapping[str, Tensor]) -> Any:
         named = isinstance(self.module, PreTrainedModel)
         args, kwargs = ((), dict(inputs)) if named else (tuple(inputs.values()), {})
-        if not overrides:
+        if not replaced:
             return self.module(*args, **kwargs)
-        replaced = {self._actual[path]: value for path, value in overrides.items()}
-        return torch.func.functional_call(self.module, replaced, args, kwargs)
+        return torch.func.functional_call(self.module, dict(replaced), args, kwargs)
 
     def _attend(self, inputs: Mapping[str, Tensor]) -> None:
         """Eager attention for short sequences on a CPU; else SDPA."""
@@ -325,22 +343,6 @@ class Backbone:
             layer = joined(found, head) if isinstance(found, nn.Linear) else linear(head["weight"], head.get("bias"))
             put(model, self.head_path, layer.to(self.device, dtype))
         return model
-
-
-def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A layer with given values."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.detach().clone())
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone())
-    return layer
-
-
-def joined(first: nn.Linear, head: Mapping[str, Tensor]) -> nn.Linear:
-    """The one layer that equals a head after a linear layer."""
-    weight, bias = head["weight"].to(first.weight), head.get("bias")
-    shift = weight @ first.bias
-    return linear(weight @ first.weight, shift if bias is None else shift + bias.to(shift))
 
 
 def load_backbone(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from fedlora.errors import UserError
@@ -195,6 +195,22 @@ def ordered(head: nn.Linear, module: nn.Module, labels: Sequence[str]) -> nn.Lin
         for value in head.parameters():
             value.data = value.data[order]
     return head
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A layer with given values."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone())
+    return layer
+
+
+def joined(first: nn.Linear, head: Mapping[str, Tensor]) -> nn.Linear:
+    """The one layer that equals a head after a linear layer."""
+    weight, bias = head["weight"].to(first.weight), head.get("bias")
+    shift = weight @ first.bias
+    return linear(weight @ first.weight, shift if bias is None else shift + bias.to(shift))
 
 
 def put(model: nn.Module, path: str, layer: nn.Module) -> None:

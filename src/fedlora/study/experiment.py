@@ -209,6 +209,8 @@ def assemble(
     config = resolved(config, algorithm, population, backbone, task, examples, spec)
     for one in backbones.values():
         one.to(DTYPES[config.model.dtype]).remember(config.engine.prefix)
+        if config.engine.checkpointing:
+            one.checkpoint()
     lanes = int(config.engine.lanes)
     owned = Validated(population.clients, config.data.seed) if config.training.validate_rounds else population.clients
     members, splits, strangers = _members(algorithm, population, owned, examples, terms)
