@@ -40,6 +40,7 @@ from fedlora.learning.sources import (
     put,
     quiet,
     settle_padding,
+    stored,
 )
 
 __all__ = ["Backbone", "Kind", "load_backbone", "minilm_folder"]
@@ -354,6 +355,7 @@ def load_backbone(
     targets: str | Sequence[str] = "auto",
     layers: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
+    bits: int | None = None,
     device: torch.device | str = "cpu",
     processor: Any = None,
     width: int | None = None,
@@ -364,9 +366,9 @@ def load_backbone(
 
     ``labels``: the label space of a classification. ``pooling``: "auto" (the model's own head where it was trained so,
     the mean over tokens for encoders, the last token for decoders, the class token for images), "mean", "cls", "last"
-    or "pooler". ``targets``, ``layers``: see ``inject.select``. ``width``: that of the representation; a model of
-    another width gets a linear map to it. ``adapt=False``: no sites (a private model). ``seed``: of what starts at
-    random. A given module is copied.
+    or "pooler". ``targets``, ``layers``: see ``inject.select``. ``bits``: see ``sources.stored`` (a given module is
+    as it is). ``width``: that of the representation; a model of another width gets a linear map to it.
+    ``adapt=False``: no sites (a private model). ``seed``: of what starts at random. A given module is copied.
     """
     source = str(model) if isinstance(model, str | Path) else type(model).__name__
     if kind != "causal-lm" and not labels:
@@ -379,7 +381,7 @@ def load_backbone(
             module, fits = classifier_of(copy.deepcopy(model), kind, labels, pooling)
         else:
             folder = folder_of(str(model))
-            module, fits = load_model(folder, source, kind, labels, pooling)
+            module, fits = load_model(folder, source, kind, labels, pooling, stored(bits, device))
             processor = load_processor(folder, kind) if processor is None else processor
         head, path = None, ""
         if kind != "causal-lm":
@@ -393,6 +395,5 @@ def load_backbone(
     chosen = select(module, targets, layers, path or None) if adapt else {}
     switching = all(getattr(m, "_supports_sdpa", False) for m in module.modules() if isinstance(m, PreTrainedModel))
     known = isinstance(module, PreTrainedModel) and module.config._attn_implementation in ("eager", "sdpa")
-    return Backbone(
-        module, kind, inject(module, chosen), head, path, fits, processor, source, tuple(labels), switching and known
-    )
+    sites, switching = inject(module, chosen), switching and known
+    return Backbone(module, kind, sites, head, path, fits, processor, source, tuple(labels), switching)

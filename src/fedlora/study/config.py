@@ -30,12 +30,20 @@ class Section(BaseModel):
 
 class ModelSettings(Section):
     """``[model]``. ``name``: a hub id, a folder, "minilm" (sentence encoder), "embedded-lm" (the small causal LM) or
-    "cnn-1" to "cnn-5"; default: the first of ``[clients] models``, where there are any."""
+    "cnn-1" to "cnn-5"; default: the first of ``[clients] models``, where there are any. ``dtype``: what the base
+    computes in; ``bits = 4``: its linear layers, but for heads, are stored in 4 bits (NF4, as in QLoRA)."""
 
     name: str
     task: Task
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    bits: Literal[4] | None = None
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"
+
+    @model_validator(mode="after")
+    def _narrow(self) -> ModelSettings:
+        if self.bits is not None and self.dtype == "float64":
+            raise ValueError("bits = 4 computes in float32 or bfloat16: leave out dtype = 'float64'")
+        return self
 
 
 class ExtrasSettings(Section):
@@ -177,6 +185,14 @@ class RunConfig(Section):
     training: TrainingSettings = TrainingSettings()  # type: ignore[call-arg]
     engine: EngineSettings = EngineSettings()  # type: ignore[call-arg]
     output: OutputSettings = OutputSettings()
+
+    @model_validator(mode="after")
+    def _stored_base(self) -> RunConfig:
+        whole = "[clients] models" if self.clients.models else "[adapter.extras] backbone"
+        trained = self.clients.models or self.adapter.extras.backbone in ("share", "private")
+        if self.model.bits is not None and trained:
+            raise ValueError(f"what [model] bits = {self.model.bits} stores is not trained, and {whole} trains it")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -245,6 +245,7 @@ def base_of(config: RunConfig, labels: Sequence[str], model: Any = None) -> Back
         pooling=config.model.pooling,
         targets=config.adapter.targets,
         layers=config.adapter.layers,
+        bits=config.model.bits,
         device=device_of(config.engine.device),
         processor=getattr(model, "processor", None),
         seed=config.seed,

@@ -24,6 +24,7 @@ from fedlora.errors import UserError
 from fedlora.federation.orders import Model, logits
 from fedlora.federation.spec import ModelSpec, Tree
 from fedlora.learning.pooled import PooledClassifier
+from fedlora.learning.sources import quantisation
 from fedlora.study import private
 from fedlora.study.algorithm import find
 from fedlora.study.code import named, revived
@@ -95,6 +96,10 @@ def recipe(backbone: Backbone) -> tuple[str, ...]:
     if backbone.name == "embedded-lm":
         lines, name = ("from fedlora.assets import embedded_lm",), "embedded_lm()"
     arguments = f'{name}, dtype="float32"'
+    if (how := quantisation(module)) is not None:
+        said = ", ".join(f"{key}={value!r}" for key, value in how.to_diff_dict().items() if not key.startswith("_"))
+        lines = (*lines, f"from transformers import {type(how).__name__}")
+        arguments += f", quantization_config={type(how).__name__}({said})"
     if isinstance(module, PooledClassifier):
         kind = type(module.encoder).__name__
         return (
@@ -124,6 +129,7 @@ def rebuilt(about: About, device: str = "cpu") -> Backbone:
         pooling=config.model.pooling,
         targets=config.adapter.targets,
         layers=config.adapter.layers,
+        bits=config.model.bits,
         device=device,
         seed=config.seed,
     )
