@@ -182,7 +182,8 @@ class CELoRA(Algorithm[State, Mapping[str, Any], Mapping[str, Any]]):
         weights: dict[str, dict[str, float]] = {}
         for i in names if senders else []:
             row = {j: weight(i, j) for j in senders}
-            weights[i] = {j: w / sum(row.values()) for j, w in row.items()}
+            total = sum(row.values())  # 0: a newcomer so far from everybody that exp(-D / tau) is 0 for each
+            weights[i] = {j: w / total if total else 1 / len(row) for j, w in row.items()}
         return {**state, "weights": weights}
 
     def personalize(self, payload: Tree, memory: Mapping[str, Any], local: Local) -> Work[Mapping[str, Model]]:
