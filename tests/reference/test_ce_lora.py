@@ -22,8 +22,9 @@ from fedlora.algorithms.similarity import (
     model_similarity,
     statistics,
 )
+from fedlora.errors import UserError
 from fedlora.federation.orders import Fit
-from fedlora.federation.spec import Extras
+from fedlora.federation.spec import Extras, ModelSpec
 from reference.fake import SITES, SPEC, Fake, array, client, close, local, train
 
 CLIENTS = [client("a", examples=10), client("b", examples=30), client("c", examples=60)]
@@ -321,3 +322,15 @@ def test_a_newcomer_far_from_everybody_is_served_every_core_alike() -> None:
     assert after["weights"]["far"] == pytest.approx(dict.fromkeys("abc", 1 / 3))
     served = ce.broadcast(after, who[-1], 2)
     close(served["up/C"], sum(array(u.arrays["up/C"]) for u in updates.values()) / 3)
+
+
+def test_features_that_are_not_finite_name_their_client() -> None:
+    features, labels = examples(0)
+    features[2, 1] = math.nan
+    with pytest.raises(UserError, match="1 of 11 examples of client 'b' is not finite"):
+        Fake(features=(features, labels)).run(CELoRA().client_init(local(CLIENTS[1], 0)))
+
+
+def test_a_model_without_adapted_layers_is_refused() -> None:
+    with pytest.raises(UserError, match="no layer is adapted"):
+        CELoRA().server_init(ModelSpec({}, {}, {"head/bias": (2,)}, ("no", "yes"), width=3), 0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters.algebra import add, difference, linalg, mixture, part, ranks, shapes, whole
-from fedlora.algorithms.merging import equal_ranks, trained
+from fedlora.algorithms.merging import Unsuitable, equal_ranks, trained
 from fedlora.algorithms.similarity import (
     MEASURES,
     STATISTICS,
@@ -22,6 +22,7 @@ from fedlora.algorithms.similarity import (
     model_similarity,
     statistics,
 )
+from fedlora.errors import UserError
 from fedlora.federation.aggregate import Collect
 from fedlora.federation.algorithm import Algorithm, Kind, NotNegative, Positive, Share, Update, Whole
 from fedlora.federation.orders import Features, Model, Training, Work
@@ -101,6 +102,10 @@ class CELoRA(Algorithm[State, Mapping[str, Any], Mapping[str, Any]]):
 
     def server_init(self, spec: ModelSpec, seed: int) -> State:
         begun = self.begun(spec, seed)
+        if not ranks(begun):
+            raise Unsuitable(
+                "ce-lora mixes the cores of adapted layers, and no layer is adapted", "name [adapter] targets"
+            )
         if (
             (self.similarity, self.mixing) == ("cka", "similarity")
             and self.blend < 1
@@ -116,6 +121,12 @@ class CELoRA(Algorithm[State, Mapping[str, Any], Mapping[str, Any]]):
         begun = self.begun(local.spec, local.run_seed)
         equal_ranks(begun, local.client, "ce-lora", "use flexlora")
         features, labels = yield from Features(Model({}), "train")
+        if broken := int((~features.isfinite().all(1)).sum()):
+            raise UserError(
+                f"ce-lora: what the base says of {broken} of {len(features)} examples of client {local.client.id!r} is "
+                "not finite",
+                "look at these examples and the base's weights, or set [model] dtype to a wider type",
+            )
         found = statistics(features, labels, self.project, local.run_seed)
         if self.noise:
             found = blurred(found, self.noise, local.seed("noise"))
