@@ -318,6 +318,17 @@ def test_a_base_that_is_everybodys_own_model_is_looked_at_too(tmp_path: Path) ->
         fedlora.run(load(file), out=tmp_path / "run")
 
 
+def test_modules_alone_need_no_other_model_and_no_linear_layer(tmp_path: Path) -> None:
+    file = load(two_transformers(tmp_path), ["clients.models=['bag']"])
+    module = Bag()
+    with pytest.raises(UserError, match="'bag' has no tokenizer"):
+        fedlora.run(file, models={"bag": module}, out=tmp_path / "run")
+    module.processor = tiny.tokenizer()  # type: ignore[assignment]
+    summary = fedlora.run(file, models={"bag": module}, out=tmp_path / "run").summary
+    assert set(summary["personal"]["per_client"]) == {"0", "1", "2"}
+    assert fedlora.predict(tmp_path / "run", ["the old horse"], client="2", models={"bag": module})
+
+
 def test_modules_of_one_class_read_texts_with_their_own_tokenizers(tmp_path: Path) -> None:
     file, words = load(two_transformers(tmp_path), ["clients.models=['wide', 'one', 'other']"]), tiny.tokenizer()
     reverse = {word: len(words) - 1 - i for word, i in words.get_vocab().items()}

@@ -37,6 +37,7 @@ class FedProto(Algorithm[Tree, Tree, Mapping[str, Tensor]]):
 
     given_start = False
     private_backbones = True
+    adapts = False
 
     training: Training = field(default_factory=Training)
     strength: float = 1.0

@@ -38,6 +38,7 @@ class PFedLoRA(Algorithm[Tree, Tree, Tree]):
 
     given_start = False
     private_backbones = True
+    adapts = False
 
     training: Training = field(default_factory=lambda: Training(optimizer=Optimizer("sgd", 0.01, 0.9, 1e-3)))
     rank: Whole = 3

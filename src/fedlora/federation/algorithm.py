@@ -78,6 +78,8 @@ class Algorithm(Generic[State, Memory, Value]):
     """Its one adapter begins at ``ModelSpec.adapter``, which may hold a given one (``[adapter] from``)."""
     private_backbones: ClassVar[bool] = False
     """Clients may have models of their own (``Client.backbone``)."""
+    adapts: ClassVar[bool] = True
+    """False: adapters on the base mean nothing to it, so that any model will do."""
     federated: ClassVar[bool] = True
     """False: a bound to compare with (all data pooled); it is trained on one client that owns everybody's examples."""
 
