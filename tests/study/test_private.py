@@ -307,6 +307,8 @@ def test_why_a_module_is_refused(tmp_path: Path) -> None:
     for reason, module in given.items():
         with pytest.raises(UserError, match=reason):
             fedlora.run(file, models={"bag": module}, out=tmp_path / "run")
+    with pytest.raises(UserError, match=r"nothing is called 'bga' in .*wide, bag"):  # not: left out without a word
+        fedlora.run(file, models={"bag": Bag(), "bga": Bag()}, out=tmp_path / "run")
 
 
 def test_a_base_that_is_everybodys_own_model_is_looked_at_too(tmp_path: Path) -> None:

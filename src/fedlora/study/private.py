@@ -60,6 +60,11 @@ def load(
 
     One object a name, however many clients begin with it: what each has trained lies in its memory.
     """
+    known = (*(config.clients.models or ()), config.model.name)
+    if foreign := sorted(set(given or ()) - set(known)):
+        raise UserError(
+            f"models: nothing is called {foreign[0]!r} in [clients] models ({', '.join(known)})", "name it there too"
+        )
     found: dict[str, Backbone] = {}
     for position, name in enumerate(dict.fromkeys(config.clients.models or ())):
         if wanted is not None and name not in wanted:
