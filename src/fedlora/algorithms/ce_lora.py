@@ -52,8 +52,10 @@ class CELoRA(Algorithm[State, Mapping[str, Any], Mapping[str, Any]]):
     mixture is the mixture of the products, and C is all that a client learns. ``core_lr``: a learning rate of C's own.
 
     Travels: once, mixture weights, means, variances and class counts; then C, both ways, r^2 numbers a site; shared
-    extras (n_i-weighted mean). Stays: A, B, private extras (default: the head). There is no single global model. Paper:
-    arXiv 2503.23869. Needs ``pip install 'fedlora[ce-lora]'``.
+    extras (n_i-weighted mean). Stays: A, B, private extras (default: the head). Deployed: "mixed" (the client's A and B
+    around its mixture); variant "own" (around its last core). There is no single global model, so that whoever never
+    trained deploys the start. The noise is drawn from the run's seed: it shows what noise costs, and hides nothing from
+    who knows that seed. Paper: arXiv 2503.23869. Needs ``pip install 'fedlora[ce-lora]'``.
 
     >>> import torch
     >>> spec = ModelSpec({"q": (3, 2)}, {"q": 1}, {}, (), width=3)
