@@ -21,7 +21,7 @@ from fedlora.learning.fast import measure
 from fedlora.learning.images import load_processor
 from fedlora.learning.pooled import PooledClassifier
 from fedlora.learning.sources import minilm_folder
-from fedlora.learning.tasks import TextClassification
+from fedlora.learning.tasks import CausalLM, TextClassification
 from learning.worlds import LABELS, VOCAB, adapter, bert, distance, examples, gpt2, learner, llama, run, seeded, spec_of
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
@@ -278,6 +278,14 @@ def test_measuring_chooses_float32_where_bfloat16_is_not_faster_and_leaves_the_b
     monkeypatch.setattr("fedlora.learning.fast.TOLERANCE", 1e-6)
     assert measure(*arguments) == torch.float32
     assert all(torch.equal(value, before[name]) for name, value in base.module.named_parameters())
+
+
+@pytest.mark.parametrize("labels", [LABELS, ()])
+def test_measuring_without_adapted_layers_trains_the_head_or_nothing(labels):
+    kind = TEXT if labels else "causal-lm"
+    base = load_backbone(bert() if labels else llama(), kind, labels=labels, adapt=False)
+    task = TextClassification(labels) if labels else CausalLM("text")
+    assert measure(base, task, examples(20), base.spec(1)) in (torch.float32, torch.bfloat16)
 
 
 def test_measuring_runs_a_real_step():

@@ -329,3 +329,19 @@ def test_a_vision_model_trains_in_lanes():
             plain.get_submodule(name).weight.data += t[f"{site}/scale"] * t[f"{site}/B"] @ t[f"{site}/A"]
         with torch.no_grad():
             torch.testing.assert_close(plain(pixel_values=pixels).last_hidden_state[:, 0], results[0][1][client][0])
+
+
+def test_images_of_sixteen_bits_keep_their_upper_eight():
+    image = pytest.importorskip("PIL.Image")
+    values = np.array([[0, 300], [20000, 65535]], dtype=np.uint16)
+    rows = {"image": [image.fromarray(values)], "label": ["x"]}
+    table = datasets.Dataset.from_dict(rows, datasets.Features(image=datasets.Image(), label=datasets.Value("string")))
+    store = ImageClassification(("x",)).encode(table, None)
+    assert store.pixels[0].tolist() == [[[0] * 3, [1] * 3], [[78] * 3, [255] * 3]]
+
+
+@pytest.mark.parametrize("value", [0.5, 256, -1, float("nan")])
+def test_arrays_that_are_no_pixels_are_refused(value):
+    table = [{"image": [[0, value], [1, 2]], "label": "x"}]
+    with pytest.raises(UserError, match="whole numbers from 0 to 255"):
+        ImageClassification(("x",)).encode(datasets.Dataset.from_list(table), None)

@@ -22,8 +22,9 @@ from fedlora.algorithms.similarity import (
     model_similarity,
     statistics,
 )
+from fedlora.errors import UserError
 from fedlora.federation.orders import Fit
-from fedlora.federation.spec import Extras
+from fedlora.federation.spec import Extras, ModelSpec
 from reference.fake import SITES, SPEC, Fake, array, client, close, local, train
 
 CLIENTS = [client("a", examples=10), client("b", examples=30), client("c", examples=60)]
@@ -304,3 +305,32 @@ def test_noise_is_in_units_of_the_features_deviation() -> None:
     scaled = {**found, "means": found["means"] * 10, "variances": found["variances"] * 100}
     np.testing.assert_allclose(array(blurred(scaled, 0.5, 3)["means"] - scaled["means"]), 10 * change, rtol=1e-9)
     assert torch.equal(moved["shares"], found["shares"])
+
+
+def test_a_newcomer_far_from_everybody_is_served_every_core_alike() -> None:
+    """exp(-D / tau) is 0 in float64 from D = 745 tau on; one such client must not end the federation."""
+    ce, total = CELoRA(project=None), CELoRA().introduction.zero()
+    who = [*CLIENTS, client("d"), client("far")]
+    memories: dict[str, Any] = {}
+    for seed, one in enumerate(who):
+        features, labels = examples(seed)
+        fake = Fake(seed=seed, features=(features + (1e5 if one.id == "far" else 0), labels))
+        update, memories[one.id] = fake.run(ce.client_init(local(one, 0)))
+        total = ce.introduction.accumulate(total, one, update)
+    state = ce.server_introduce(ce.server_init(SPEC, 0), ce.introduction.report(total), 0)
+    after, updates = train(ce, state, CLIENTS, memories=memories)
+    assert after["weights"]["far"] == pytest.approx(dict.fromkeys("abc", 1 / 3))
+    served = ce.broadcast(after, who[-1], 2)
+    close(served["up/C"], sum(array(u.arrays["up/C"]) for u in updates.values()) / 3)
+
+
+def test_features_that_are_not_finite_name_their_client() -> None:
+    features, labels = examples(0)
+    features[2, 1] = math.nan
+    with pytest.raises(UserError, match="1 of 11 examples of client 'b' is not finite"):
+        Fake(features=(features, labels)).run(CELoRA().client_init(local(CLIENTS[1], 0)))
+
+
+def test_a_model_without_adapted_layers_is_refused() -> None:
+    with pytest.raises(UserError, match="no layer is adapted"):
+        CELoRA().server_init(ModelSpec({}, {}, {"head/bias": (2,)}, ("no", "yes"), width=3), 0)

@@ -21,7 +21,7 @@ from fedlora.algorithms.lg_fedavg import LGFedAvg
 from fedlora.algorithms.pfedlora import Both, Mix, PFedLoRA
 from fedlora.algorithms.standalone import Standalone
 from fedlora.federation.admission import fits
-from fedlora.federation.orders import Batch, Features, Outputs
+from fedlora.federation.orders import FORBIDDEN, Batch, Features, Outputs
 from fedlora.federation.spec import Extras
 from reference.fake import SITES, SPEC, Fake, array, client, close, dense, local, train
 
@@ -50,6 +50,20 @@ def test_pfedlora_losses_and_mix() -> None:
     close(found, 0.3 * loss_of(y_ad) + 0.7 * loss_of(LOGITS))
     close(Mix(0.3)(OUT, params), 0.7 * LOGITS + 0.3 * y_ad)
     assert Both(0.3) == Both(0.3)  # equal ones may share lanes
+
+
+def test_pfedlora_knows_only_the_clients_own_labels() -> None:
+    """Its labels are 1 and 2: both losses and the mixture are over these, as if the first did not exist."""
+    params, own = adapter(), np.array([1, 2])
+    seen = np.array([2, 1, 2, 2, 1])
+    out = Outputs(torch.tensor(np.where([True, False, False], FORBIDDEN, LOGITS)), OUT.features)
+    y_ad = (FEATURES @ array(params["extra/A"]).T @ array(params["extra/B"]).T)[:, own]
+    alone, through = (-log_softmax(y, axis=-1)[np.arange(5), seen - 1] for y in (LOGITS[:, own], y_ad))
+    close(Both(0.3)({"model": out}, {"model": params}, Batch(None, torch.tensor(seen))), 0.3 * through + 0.7 * alone)
+    for mu in (0.3, 1.0):
+        mixed = array(Mix(mu)(out, params))
+        close(mixed[:, own], (1 - mu) * LOGITS[:, own] + mu * y_ad)
+        assert (mixed.argmax(1) != 0).all()
 
 
 def test_pfedlora_phases_and_weighted_mean() -> None:

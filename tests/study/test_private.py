@@ -6,10 +6,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 import transformers
 from torch import nn
@@ -22,6 +24,7 @@ from fedlora.federation.memory import quoted
 from fedlora.learning.cnn import CNN, WIDTHS, CNNConfig
 from fedlora.study import export
 from fedlora.study.config import load
+from fedlora.study.experiment import assemble
 from fedlora.study.predict import Prediction, _inputs, scores, stacked
 from study import tiny
 
@@ -279,3 +282,65 @@ def test_what_gives_no_representation_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no labels in common"):
         fedlora.run(spoken, out=tmp_path / "run")
     refused("'base' stands for", "clients.models=['base']")
+
+
+class Odd(Bag):
+    """A classifier that gives what no client can learn from."""
+
+    def __init__(self, gives: str) -> None:
+        super().__init__()
+        self.gives = gives
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> Any:
+        found = super().forward(ids, mask)
+        return {"mean": found.mean(0, keepdim=True), "tuple": (found,), "nan": found / 0 * 0}[self.gives]
+
+
+def test_why_a_module_is_refused(tmp_path: Path) -> None:
+    file = load(two_transformers(tmp_path), ["clients.models=['wide', 'bag']"])
+    given: dict[str, Any] = {
+        r"shape \(1, 32\), not \(2, 32\)": Odd("mean"),  # one example alone would not tell
+        r"it gives a tuple, not an array of shape \(2, 32\)": Odd("tuple"),
+        "its numbers are not finite": Odd("nan"),
+        "models: 'bag' is given as a type, not as a torch module": Bag,
+    }
+    for reason, module in given.items():
+        with pytest.raises(UserError, match=reason):
+            fedlora.run(file, models={"bag": module}, out=tmp_path / "run")
+    with pytest.raises(UserError, match=r"nothing is called 'bga' in .*wide, bag"):  # not: left out without a word
+        fedlora.run(file, models={"bag": Bag(), "bga": Bag()}, out=tmp_path / "run")
+
+
+def test_a_base_that_is_everybodys_own_model_is_looked_at_too(tmp_path: Path) -> None:
+    file = tiny.run_file(tmp_path, algorithm='name = "pfedlora"\n', training=SHORT)
+    broken = transformers.AutoModel.from_pretrained(tmp_path / "model")
+    broken.encoder.layer[0].output.dense.weight.data[0, 0] = torch.nan
+    broken.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"\[model\] name = .* gives no representation.*not finite"):
+        fedlora.run(load(file), out=tmp_path / "run")
+
+
+def test_modules_alone_need_no_other_model_and_no_linear_layer(tmp_path: Path) -> None:
+    file = load(two_transformers(tmp_path), ["clients.models=['bag']"])
+    module = Bag()
+    with pytest.raises(UserError, match="'bag' has no tokenizer"):
+        fedlora.run(file, models={"bag": module}, out=tmp_path / "run")
+    module.processor = tiny.tokenizer()  # type: ignore[assignment]
+    summary = fedlora.run(file, models={"bag": module}, out=tmp_path / "run").summary
+    assert set(summary["personal"]["per_client"]) == {"0", "1", "2"}
+    assert fedlora.predict(tmp_path / "run", ["the old horse"], client="2", models={"bag": module})
+
+
+def test_modules_of_one_class_read_texts_with_their_own_tokenizers(tmp_path: Path) -> None:
+    file, words = load(two_transformers(tmp_path), ["clients.models=['wide', 'one', 'other']"]), tiny.tokenizer()
+    reverse = {word: len(words) - 1 - i for word, i in words.get_vocab().items()}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(reverse, "[UNK]"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    modules = {"one": Bag(), "other": Bag()}
+    modules["one"].processor = words  # type: ignore[assignment]
+    modules["other"].processor = transformers.PreTrainedTokenizerFast(  # type: ignore[assignment]
+        tokenizer_object=model, pad_token="[PAD]", unk_token="[UNK]"
+    )
+    stores: Any = assemble(file, tmp_path / "run", models=modules).learner.examples
+    one, other = (stores[name].tokens[:4] for name in ("one", "other"))
+    assert (one + other == len(words) - 1).all()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters.algebra import add, difference, linalg, mixture, part, ranks, shapes, whole
-from fedlora.algorithms.merging import equal_ranks, trained
+from fedlora.algorithms.merging import Unsuitable, equal_ranks, trained
 from fedlora.algorithms.similarity import (
     MEASURES,
     STATISTICS,
@@ -22,8 +22,9 @@ from fedlora.algorithms.similarity import (
     model_similarity,
     statistics,
 )
+from fedlora.errors import UserError
 from fedlora.federation.aggregate import Collect
-from fedlora.federation.algorithm import Algorithm, Kind, Update
+from fedlora.federation.algorithm import Algorithm, Kind, NotNegative, Positive, Share, Update, Whole
 from fedlora.federation.orders import Features, Model, Training, Work
 from fedlora.federation.spec import Client, Extras, Local, ModelSpec, Shape, Tree, stream
 
@@ -51,8 +52,10 @@ class CELoRA(Algorithm[State, Mapping[str, Any], Mapping[str, Any]]):
     mixture is the mixture of the products, and C is all that a client learns. ``core_lr``: a learning rate of C's own.
 
     Travels: once, mixture weights, means, variances and class counts; then C, both ways, r^2 numbers a site; shared
-    extras (n_i-weighted mean). Stays: A, B, private extras (default: the head). There is no single global model. Paper:
-    arXiv 2503.23869. Needs ``pip install 'fedlora[ce-lora]'``.
+    extras (n_i-weighted mean). Stays: A, B, private extras (default: the head). Deployed: "mixed" (the client's A and B
+    around its mixture); variant "own" (around its last core). There is no single global model, so that whoever never
+    trained deploys the start. The noise is drawn from the run's seed: it shows what noise costs, and hides nothing from
+    who knows that seed. Paper: arXiv 2503.23869. Needs ``pip install 'fedlora[ce-lora]'``.
 
     >>> import torch
     >>> spec = ModelSpec({"q": (3, 2)}, {"q": 1}, {}, (), width=3)
@@ -66,14 +69,14 @@ class CELoRA(Algorithm[State, Mapping[str, Any], Mapping[str, Any]]):
 
     training: Training = field(default_factory=Training)
     extras: Extras = field(default_factory=lambda: Extras(head="private"))
-    blend: float = 0.5
+    blend: Share = 0.5
     similarity: Literal["cka", "cosine"] = "cka"
     mixing: Literal["similarity", "uniform", "own"] = "similarity"
     bases: Literal["private", "frozen"] = "private"
-    project: int | None = 32
-    noise: float = 0.0
-    start_std: float | None = 1e-3
-    core_lr: float | None = None
+    project: Whole | None = 32
+    noise: NotNegative = 0.0
+    start_std: Positive | None = 1e-3
+    core_lr: Positive | None = None
 
     @property
     def aggregator(self) -> Collect:
@@ -101,6 +104,10 @@ class CELoRA(Algorithm[State, Mapping[str, Any], Mapping[str, Any]]):
 
     def server_init(self, spec: ModelSpec, seed: int) -> State:
         begun = self.begun(spec, seed)
+        if not ranks(begun):
+            raise Unsuitable(
+                "ce-lora mixes the cores of adapted layers, and no layer is adapted", "name [adapter] targets"
+            )
         if (
             (self.similarity, self.mixing) == ("cka", "similarity")
             and self.blend < 1
@@ -116,6 +123,12 @@ class CELoRA(Algorithm[State, Mapping[str, Any], Mapping[str, Any]]):
         begun = self.begun(local.spec, local.run_seed)
         equal_ranks(begun, local.client, "ce-lora", "use flexlora")
         features, labels = yield from Features(Model({}), "train")
+        if broken := int((~features.isfinite().all(1)).sum()):
+            raise UserError(
+                f"ce-lora: what the base says of {broken} of {len(features)} examples of client {local.client.id!r} is "
+                "not finite",
+                "look at these examples and the base's weights, or set [model] dtype to a wider type",
+            )
         found = statistics(features, labels, self.project, local.run_seed)
         if self.noise:
             found = blurred(found, self.noise, local.seed("noise"))
@@ -182,7 +195,8 @@ class CELoRA(Algorithm[State, Mapping[str, Any], Mapping[str, Any]]):
         weights: dict[str, dict[str, float]] = {}
         for i in names if senders else []:
             row = {j: weight(i, j) for j in senders}
-            weights[i] = {j: w / sum(row.values()) for j, w in row.items()}
+            total = sum(row.values())  # 0: a newcomer so far from everybody that exp(-D / tau) is 0 for each
+            weights[i] = {j: w / total if total else 1 / len(row) for j, w in row.items()}
         return {**state, "weights": weights}
 
     def personalize(self, payload: Tree, memory: Mapping[str, Any], local: Local) -> Work[Mapping[str, Model]]:

@@ -40,6 +40,7 @@ class FedGH(Algorithm[Tree, Tree, Any]):
 
     given_start = False
     private_backbones = True
+    adapts = False
 
     training: Training = field(default_factory=Training)
     lr: float = 0.01

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedlora.algorithms.merging import needs_labels
 from fedlora.algorithms.prototypes import ByClass, packed, packed_shape
 from fedlora.federation.algorithm import Algorithm, Kind, Update
-from fedlora.federation.orders import Batch, Features, Model, Outputs, Training, Work, label_loss
+from fedlora.federation.orders import Batch, Features, Model, Outputs, Training, Work, allowed, label_loss
 from fedlora.federation.spec import Client, Local, ModelSpec, Shape, Tree
 
 
@@ -37,6 +37,7 @@ class FedProto(Algorithm[Tree, Tree, Mapping[str, Tensor]]):
 
     given_start = False
     private_backbones = True
+    adapts = False
 
     training: Training = field(default_factory=Training)
     strength: float = 1.0
@@ -95,4 +96,4 @@ class Attracted:
 def nearest(outputs: Outputs, params: Tree) -> Tensor:
     """Minus the squared distance to every known prototype: (examples, labels)."""
     distance = (outputs.features[:, None] - params["extra/prototypes"]).square().sum(-1)
-    return -distance - 1e6 * (1 - params["extra/known"])
+    return allowed(-distance - 1e6 * (1 - params["extra/known"]), outputs)

@@ -32,6 +32,7 @@ class LGFedAvg(Algorithm[Tree, Tree, Tree]):
 
     given_start = False
     private_backbones = True
+    adapts = False
 
     training: Training = field(default_factory=Training)
 

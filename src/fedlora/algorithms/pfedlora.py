@@ -12,8 +12,8 @@ from torch import Tensor
 from fedlora.adapters.algebra import add, difference, shapes
 from fedlora.algorithms.merging import needs_labels
 from fedlora.federation.aggregate import Mean
-from fedlora.federation.algorithm import Algorithm, Kind, Update
-from fedlora.federation.orders import Batch, Model, Optimizer, Outputs, Training, Work, label_loss
+from fedlora.federation.algorithm import Algorithm, Kind, Share, Update, Whole
+from fedlora.federation.orders import Batch, Model, Optimizer, Outputs, Training, Work, allowed, label_loss
 from fedlora.federation.spec import Client, Local, ModelSpec, Shape, Tree, stream
 
 
@@ -38,10 +38,11 @@ class PFedLoRA(Algorithm[Tree, Tree, Tree]):
 
     given_start = False
     private_backbones = True
+    adapts = False
 
     training: Training = field(default_factory=lambda: Training(optimizer=Optimizer("sgd", 0.01, 0.9, 1e-3)))
-    rank: int = 3
-    mu: float = 0.3
+    rank: Whole = 3
+    mu: Share = 0.3
 
     @property
     def aggregator(self) -> Mean:
@@ -79,8 +80,8 @@ class PFedLoRA(Algorithm[Tree, Tree, Tree]):
 
 
 def adapted(outputs: Outputs, params: Tree) -> Tensor:
-    """y_ad = B A h: (examples, labels)."""
-    return outputs.features @ params["extra/A"].T @ params["extra/B"].T
+    """y_ad = B A h: (examples, labels), over the client's own labels where label spaces are own."""
+    return allowed(outputs.features @ params["extra/A"].T @ params["extra/B"].T, outputs)
 
 
 def through_adapter(outputs: Mapping[str, Outputs], params: Mapping[str, Tree], batch: Batch) -> Tensor:

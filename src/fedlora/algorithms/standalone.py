@@ -26,6 +26,7 @@ class Standalone(Algorithm[Tree, Tree, Tree]):
 
     given_start = False
     private_backbones = True
+    adapts = False
 
     training: Training = field(default_factory=Training)
 

@@ -49,6 +49,21 @@ Objective = Callable[[Mapping[str, Outputs], Mapping[str, Tree], Batch], Tensor]
 """Outputs and params keyed by model name; one loss per example."""
 
 
+FORBIDDEN = -1e9
+"""The logit of a label that is not the client's, where label spaces are own: finite, so that distillation's 0 * log 0
+stays 0."""
+
+
+def allowed(scores: Tensor, outputs: Outputs) -> Tensor:
+    """Scores of one's own, (examples, classes), forbidden where the model's logits are.
+
+    >>> import torch
+    >>> allowed(torch.ones(1, 2), Outputs(torch.tensor([[0.5, FORBIDDEN]]), torch.zeros(1, 3)))
+    tensor([[ 1.0000e+00, -1.0000e+09]])
+    """
+    return scores.masked_fill(outputs.logits <= FORBIDDEN / 2, FORBIDDEN)
+
+
 def logits(outputs: Outputs, params: Tree) -> Tensor:
     """The plain prediction."""
     return outputs.logits

@@ -33,6 +33,8 @@ def measure(backbone: Backbone, task: Task, examples: Examples, spec: ModelSpec,
     resumed run must not measure again.
     """
     before = backbone.dtype
+    if not spec.sites and not spec.labels:
+        return before  # there is nothing to train
     if before not in (torch.float32, torch.bfloat16) or not len(examples):
         return before
     try:
@@ -77,7 +79,7 @@ def _learner(backbone: Backbone, task: Task, examples: Examples, spec: ModelSpec
 def _seconds(learner: Learner) -> float:
     """A few fused steps: every lane takes a batch in each."""
     spec = learner.spec
-    train = ("A", "B", "head") if spec.labels else ("A", "B")
+    train = (*(("A", "B") if spec.sites else ()), *(("head",) if spec.labels else ()))
     adapter = spec.adapter(spec.ranks, 0) | {k: v for k, v in spec.start(0).items() if k.startswith("head/")}
     for k in range(LANES):
         order = Fit(Model(adapter), train, steps=STEPS, batch_size=BATCH, optimizer=Optimizer(lr=1e-4))

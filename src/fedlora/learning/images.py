@@ -124,14 +124,22 @@ class ImageClassification:
 
 def _array(value: Any) -> Array:
     """(height, width, channels) uint8."""
-    if hasattr(value, "convert"):
+    if hasattr(value, "convert") and value.mode.startswith("I;16"):
+        value = np.repeat((np.asarray(value) >> 8)[..., None], 3, axis=2)  # convert would make all above 255 white
+    elif hasattr(value, "convert"):
         value = value.convert("RGB")
     array = np.asarray(value)
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3:
         raise UserError(f"an image of shape {array.shape}", "images are height x width or height x width x channels")
-    return array.astype(np.uint8)
+    with np.errstate(invalid="ignore"):
+        pixels = array.astype(np.uint8)
+    if pixels.dtype != array.dtype and not np.array_equal(pixels, array):
+        raise UserError(
+            f"an image has values from {array.min():g} to {array.max():g}", "images are whole numbers from 0 to 255"
+        )
+    return pixels
 
 
 def _one_size(images: Iterable[Array], wanted: Pixels) -> Array:

@@ -13,15 +13,13 @@ from torch.nn import functional
 
 from fedlora.adapters.algebra import product, sites
 from fedlora.adapters.lora import Dense, Dropout, Factors, Plan, Segment, mergeable, merged_weight
-from fedlora.federation.orders import Gate, Model, Outputs
+from fedlora.federation.orders import FORBIDDEN, Gate, Model, Outputs
 from fedlora.federation.spec import ModelSpec, Shape, Tree
 from fedlora.learning.backbone import Backbone
 from fedlora.learning.batches import rows_of
 
 TOGETHER = (torch.bfloat16,)
 """Types in which all lanes' factors meet all rows in one product."""
-FORBIDDEN = -1e9
-"""Logits outside a client's own label space: finite, so that distillation's 0 * log 0 stays 0."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -195,7 +195,7 @@ def assemble(
         population = from_datasets(clients, config.data, kind, strangers=strange)
     algorithm = algorithms.build(config)
     private.require_suitable(config, algorithm)
-    backbone = base_of(config, population.labels, model)
+    backbone = base_of(config, population.labels, (models or {}).get(config.model.name) if model is None else model)
     wanted = None if terms is None else set(terms.models.values())
     backbones = {"base": backbone, **private.load(config, backbone, models, str(backbone.device), wanted)}
     task = task_of(config, population.labels, population.fields, *backbones.values())
@@ -246,10 +246,16 @@ def base_of(config: RunConfig, labels: Sequence[str], model: Any = None) -> Back
         targets=config.adapter.targets,
         layers=config.adapter.layers,
         bits=config.model.bits,
+        adapt=config.adapter.targets != "auto" or algorithms.find(config.algorithm.name).adapts,
         device=device_of(config.engine.device),
         processor=getattr(model, "processor", None),
         seed=config.seed,
     )
+    if backbone.processor is None and backbone.kind != "image-classification":
+        raise UserError(
+            f"the model given for [model] name = {config.model.name!r} has no tokenizer",
+            "set it: model.processor = ...",
+        )
     backbone.head_fits &= not config.clients.models  # heads of different models begin alike
     return backbone
 

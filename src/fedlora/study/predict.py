@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from fedlora.errors import UserError
-from fedlora.federation.orders import Model
+from fedlora.federation.orders import FORBIDDEN, Model
 from fedlora.learning.backbone import Backbone
 from fedlora.learning.batches import to_device
 from fedlora.learning.examples import Examples
 from fedlora.learning.generation import answers
-from fedlora.learning.lanes import FORBIDDEN, Held, Merges, Stack
+from fedlora.learning.lanes import Held, Merges, Stack
 from fedlora.learning.tasks import CausalLM, ImageClassification, TextClassification
 from fedlora.study.config import RunConfig
 from fedlora.study.export import About, config_of, deployed, opened, rebuilt

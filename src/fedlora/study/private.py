@@ -60,12 +60,22 @@ def load(
 
     One object a name, however many clients begin with it: what each has trained lies in its memory.
     """
+    known = (*(config.clients.models or ()), config.model.name)
+    if foreign := sorted(set(given or ()) - set(known)):
+        raise UserError(
+            f"models: nothing is called {foreign[0]!r} in [clients] models ({', '.join(known)})", "name it there too"
+        )
     found: dict[str, Backbone] = {}
     for position, name in enumerate(dict.fromkeys(config.clients.models or ())):
         if wanted is not None and name not in wanted:
             continue
         module = (given or {}).get(name)
-        with explained(name):
+        if not (module is None or isinstance(module, nn.Module)):
+            raise UserError(
+                f"models: {name!r} is given as a {type(module).__name__}, not as a torch module",
+                "give an object, built",
+            )
+        with explained(f"[clients] models: {name!r}"):
             found[name] = load_backbone(
                 name if module is None else module,
                 config.model.task,
@@ -77,14 +87,15 @@ def load(
                 adapt=False,
                 seed=derive(config.seed, "backbone", position),  # not the name: a folder may move
             )
+        found[name].name = name  # of a module it is its class's, which others share
     return found
 
 
 class explained:
-    """Whatever goes wrong inside the block is why a model cannot serve as a client's."""
+    """Whatever goes wrong inside the block is why a model cannot serve as a client's. ``place``: where it is named."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, place: str) -> None:
+        self.place = place
 
     def __enter__(self) -> None:
         pass
@@ -93,7 +104,7 @@ class explained:
         if isinstance(error, Exception):
             what = str(error).strip().split("\n")[0] or type(error).__name__
             raise UserError(
-                f"[clients] models: {self.name!r} gives no representation of an example: {what}",
+                f"{self.place} gives no representation of an example: {what}",
                 "name an encoder, a classifier with a linear head, or cnn-1 to cnn-5",
             ) from error
 
@@ -117,15 +128,20 @@ def _same(a: Backbone, b: Backbone) -> bool:
 
 @torch.no_grad()
 def require_representations(backbones: Mapping[str, Backbone], task: Task, stores: Mapping[str, Examples]) -> None:
-    """Shows every private model one example: what it gives must be (examples, width) finite numbers."""
+    """Shows every private model (the base, where there are none) two examples: what it gives must be (examples, width)
+    finite numbers."""
     for name, backbone in backbones.items():
-        if name == "base" or not len(stores[name]):
+        if (name == "base" and len(backbones) > 1) or not len(stores[name]):
             continue
-        inputs, _ = task.collate(stores[name], stores[name].units(np.zeros(1, dtype=np.int64)))
-        with explained(name):
-            features, _ = backbone.forward(to_device(inputs, backbone.device, backbone.dtype))
-            if tuple(features.shape) != (1, backbone.width):
-                raise ValueError(f"it gives an array of shape {tuple(features.shape)}, not (1, {backbone.width})")
+        units = stores[name].units(np.arange(min(2, len(stores[name]))))  # one alone hides what mixes examples
+        inputs, _ = task.collate(stores[name], units)
+        with explained(f"[model] name = {backbone.name!r}" if name == "base" else f"[clients] models: {name!r}"):
+            features: Any = backbone.forward(to_device(inputs, backbone.device, backbone.dtype))[0]
+            wanted = (len(units), backbone.width)
+            if not isinstance(features, Tensor):
+                raise ValueError(f"it gives a {type(features).__name__}, not an array of shape {wanted}")
+            if tuple(features.shape) != wanted:
+                raise ValueError(f"it gives an array of shape {tuple(features.shape)}, not {wanted}")
             if not bool(torch.isfinite(features).all()):
                 raise ValueError("its numbers are not finite")
 
