@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from fedlora.errors import UserError
 from fedlora.learning.cnn import CNN, PIXELS, WIDTHS, CNNConfig
@@ -70,6 +71,8 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(folder)
         if kind == "causal-lm":
+            if getattr(config, "is_encoder_decoder", False):  # some load as a decoder alone, with half of their weights
+                raise two_stacks(source, config)
             return transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, dtype="auto"), False
         if pooling == "auto" and _has_head(config, kind):
             auto = (
@@ -91,6 +94,36 @@ def load_model(
             'give a folder, a hub id that is reachable or cached, "minilm", "embedded-lm" or "cnn-1" to "cnn-5"',
         ) from error
     return _pooled(encoder, kind, labels, pooling), False
+
+
+def two_stacks(source: str, config: Any) -> UserError:
+    """What is said of an encoder-decoder model."""
+    return UserError(
+        f"[model] name = {source!r}: {config.model_type} is an encoder-decoder model, which cannot be adapted",
+        "name an encoder (BERT, RoBERTa, ...), or a decoder (Llama, GPT-2, ...)",
+    )
+
+
+def require_adaptable(module: nn.Module, source: str) -> None:
+    """Refuses a model of two stacks: it asks for a second text that no task here has."""
+    if not isinstance(module, PreTrainedModel):
+        return
+    core: Any = module.encoder if isinstance(module, PooledClassifier) else module.base_model
+    both = hasattr(core, "encoder") and hasattr(core, "decoder")  # an encoder saved alone loads with a random decoder
+    if both or getattr(core.config, "is_encoder_decoder", False):
+        raise two_stacks(source, core.config)
+
+
+def require_causal(module: nn.Module, source: str) -> None:
+    """Refuses an encoder as a language model: where a token sees those that follow, predicting the next is copying."""
+    config: Any = getattr(module, "config", None)
+    masked = getattr(config, "model_type", None) in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if masked and getattr(config, "is_decoder", None) is False:
+        raise UserError(
+            f"[model] name = {source!r}: {config.model_type} is an encoder, and its tokens see those that follow: "
+            "it cannot learn to predict them",
+            "name a decoder (Llama, GPT-2, ...), or save this model with is_decoder = true in its config.json",
+        )
 
 
 def _names(labels: Sequence[str]) -> dict[str, Any]:
