@@ -372,3 +372,23 @@ def test_feddpa_mean_and_private_head() -> None:
     close(state["up/B"], 0.25 * array(updates["a"].arrays["up/B"]) + 0.75 * array(updates["b"].arrays["up/B"]))
     assert set(memories["a"]["private"]) == {"head/weight", "head/bias"}
     assert dpa.server_model(state) is None
+
+
+def test_feddpa_of_clients_that_never_trained() -> None:
+    """Who was not drawn yet deploys the server's head, and the local one starts as the head that stands beside it."""
+    dpa, me = FedDPA(), local(client("late"))
+    begun = dpa.server_init(SPEC, 0)
+    state = dpa.server_update(begun, {"head/bias": torch.ones_like(begun["head/bias"]).double()}, 1)
+    _, memory = Fake(features=(torch.tensor(FEATURES), torch.tensor(LABELS))).run(dpa.client_init(me))
+    fake = Fake()
+    for model in fake.run(dpa.personalize(state, memory, me)).values():
+        assert all(torch.equal(model.params[key], state[key]) for key in ("head/weight", "head/bias"))
+    update, after = fake.run(dpa.client_update(state, memory, me))
+    second = fake.log[-1]
+    close(second.models.params["head/bias"], state["head/bias"] + update.arrays["head/bias"])
+    assert not torch.equal(after["own"]["head/bias"], second.models.params["head/bias"])
+    fake.run(dpa.client_update(state, after, me))
+    assert torch.equal(fake.log[-1].models.params["head/bias"], after["own"]["head/bias"])  # its own now
+    models = fake.run(dpa.personalize(state, after, me))
+    assert torch.equal(models["gated"].params["head/bias"], after["own"]["head/bias"])
+    assert torch.equal(models["global"].params["head/bias"], state["head/bias"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fedlora.adapters.algebra import adapter, add, difference, shapes
+from fedlora.adapters.algebra import adapter, add, difference, shapes, whole
 from fedlora.algorithms.merging import equal_ranks, start, trained
 from fedlora.federation.aggregate import Mean
 from fedlora.federation.algorithm import Algorithm, Kind, Update
@@ -29,7 +29,8 @@ class FedDPA(Algorithm[Tree, Memory, Tree]):
         inference:  h = W0 x + w(x) local_i x + (1 - w(x)) theta x,
                     w(x) = clip(scale * mean_k cos(f0(x), f0(x_k)), 0, 1),   f0 the unadapted base, x_k own examples
 
-    Deployed: "gated"; variants "sum" (both at weight 1, as trained) and "global". Equal ranks.
+    The local head starts as the one just trained with theta; who never trained has theta's head. Deployed: "gated";
+    variants "sum" (both at weight 1, as trained) and "global". Equal ranks.
 
     Travels: A, B and shared extras of the global adapter, both ways. Stays: the local adapter and its head, the
     reference features, private extras. Paper: arXiv 2403.19211.
@@ -67,7 +68,7 @@ class FedDPA(Algorithm[Tree, Memory, Tree]):
     def client_update(self, payload: Tree, memory: Memory, local: Local) -> Work[tuple[Update, Memory]]:
         train = trained(local.spec, self.extras, "A", "B")
         tuned = yield from self.training.fit(local, Model({**payload, **memory["private"]}), train)
-        both = Model(memory["own"], others=(adapter(tuned.params),))
+        both = Model({**whole(tuned.params), **memory["own"]}, others=(adapter(tuned.params),))
         own = yield from self.training.fit(local, both, train)
         kept = {**memory, "own": own.params, "private": self.extras.staying(tuned.params)}
         return Update(difference(tuned.params, payload), local.examples, tuned.sums), kept
@@ -82,11 +83,12 @@ class FedDPA(Algorithm[Tree, Memory, Tree]):
         return None if self.extras.personal else Model(state)
 
     def personalize(self, payload: Tree, memory: Memory, local: Local) -> Work[Mapping[str, Model]]:
-        params, other = {**memory["own"], "extra/reference": memory["reference"]}, (adapter(payload),)
+        shared, other = {**payload, **memory["private"]}, (adapter(payload),)
+        own = {**whole(shared), **memory["own"]}
         return {
-            "gated": Model(params, other, Nearness(self.scale)),
-            "sum": Model(memory["own"], other),
-            "global": Model({**payload, **memory["private"]}),
+            "gated": Model({**own, "extra/reference": memory["reference"]}, other, Nearness(self.scale)),
+            "sum": Model(own, other),
+            "global": Model(shared),
         }
         yield
 
