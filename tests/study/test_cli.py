@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -238,3 +239,31 @@ def test_none_is_written_and_read_back(tmp_path: Path) -> None:
     assert (algorithm.project, algorithm.start_std, algorithm.core_lr) == (None, None, None)
     with pytest.raises(UserError, match="mixing = 'none'"):
         build(parse(value | {"algorithm": {"name": "ce-lora", "mixing": "none"}}, "here"))
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"name": "ce-lora", "project": 0},
+        {"name": "ce-lora", "blend": 1.5},
+        {"name": "ce-lora", "noise": -0.1},
+        {"name": "ce-lora", "noise": float("nan")},
+        {"name": "ce-lora", "start_std": 0.0},
+        {"name": "ce-lora", "core_lr": -1.0},
+        {"name": "pfedlora", "rank": 0},
+        {"name": "pfedlora", "mu": -0.3},
+    ],
+    ids=str,
+)
+def test_a_parameter_out_of_its_range_is_named_before_anything_is_loaded(stated: dict[str, Any]) -> None:
+    from fedlora.study.algorithm import build
+    from fedlora.study.config import parse
+
+    (name,) = stated.keys() - {"name"}
+    value = {
+        "model": {"name": "minilm", "task": "text-classification"},
+        "data": {"train": "mine.jsonl"},
+        "algorithm": stated,
+    }
+    with pytest.raises(UserError, match=rf"\[algorithm\] {name} = {stated[name]}: Input should be"):
+        build(parse(value, "here"))

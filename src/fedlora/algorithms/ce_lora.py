@@ -23,7 +23,7 @@ from fedlora.algorithms.similarity import (
     statistics,
 )
 from fedlora.federation.aggregate import Collect
-from fedlora.federation.algorithm import Algorithm, Kind, Update
+from fedlora.federation.algorithm import Algorithm, Kind, NotNegative, Positive, Share, Update, Whole
 from fedlora.federation.orders import Features, Model, Training, Work
 from fedlora.federation.spec import Client, Extras, Local, ModelSpec, Shape, Tree, stream
 
@@ -66,14 +66,14 @@ class CELoRA(Algorithm[State, Mapping[str, Any], Mapping[str, Any]]):
 
     training: Training = field(default_factory=Training)
     extras: Extras = field(default_factory=lambda: Extras(head="private"))
-    blend: float = 0.5
+    blend: Share = 0.5
     similarity: Literal["cka", "cosine"] = "cka"
     mixing: Literal["similarity", "uniform", "own"] = "similarity"
     bases: Literal["private", "frozen"] = "private"
-    project: int | None = 32
-    noise: float = 0.0
-    start_std: float | None = 1e-3
-    core_lr: float | None = None
+    project: Whole | None = 32
+    noise: NotNegative = 0.0
+    start_std: Positive | None = 1e-3
+    core_lr: Positive | None = None
 
     @property
     def aggregator(self) -> Collect:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedlora.adapters.algebra import add, difference, shapes
 from fedlora.algorithms.merging import needs_labels
 from fedlora.federation.aggregate import Mean
-from fedlora.federation.algorithm import Algorithm, Kind, Update
+from fedlora.federation.algorithm import Algorithm, Kind, Share, Update, Whole
 from fedlora.federation.orders import Batch, Model, Optimizer, Outputs, Training, Work, label_loss
 from fedlora.federation.spec import Client, Local, ModelSpec, Shape, Tree, stream
 
@@ -40,8 +40,8 @@ class PFedLoRA(Algorithm[Tree, Tree, Tree]):
     private_backbones = True
 
     training: Training = field(default_factory=lambda: Training(optimizer=Optimizer("sgd", 0.01, 0.9, 1e-3)))
-    rank: int = 3
-    mu: float = 0.3
+    rank: Whole = 3
+    mu: Share = 0.3
 
     @property
     def aggregator(self) -> Mean:

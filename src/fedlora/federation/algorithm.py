@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar
+
+from pydantic import Field
 
 from fedlora.federation.orders import Model, Work
 from fedlora.federation.spec import Client, Local, ModelSpec, Shape, Sums, Tree
@@ -22,6 +24,11 @@ Kind = Literal["introduce", "train", "evaluate"]
 Evaluated = Literal["test", "validation", "holdout", "fit"]
 """What may be scored from outside. The sums of the first split asked for have plain names ("accuracy"), a second one's
 have the split before them ("validation/accuracy")."""
+# Types of hyper-parameters that say their range; it is checked where a run file states a value.
+Whole = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, eq=False)
