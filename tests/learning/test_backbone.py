@@ -217,6 +217,9 @@ def test_models_that_no_task_suits_are_refused(tmp_path):
     with pytest.raises(UserError, match="bart is an encoder-decoder model"):  # its decoder alone would load
         load_backbone(tmp_path / "bart", "causal-lm", processor=object())
     load_backbone(transformers.BartForCausalLM(bart), "causal-lm")
+    xlnet = transformers.XLNetConfig(vocab_size=VOCAB, d_model=16, n_layer=1, n_head=2, d_inner=16)
+    with pytest.raises(UserError, match="xlnet cannot be adapted"):
+        load_backbone(transformers.XLNetModel(xlnet), TEXT, labels=LABELS)
     bert().save_pretrained(tmp_path / "bert")
     with pytest.raises(UserError, match=r"bert is an encoder[\s\S]*is_decoder = true"):
         load_backbone(tmp_path / "bert", "causal-lm", processor=object())

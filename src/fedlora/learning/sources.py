@@ -105,13 +105,19 @@ def two_stacks(source: str, config: Any) -> UserError:
 
 
 def require_adaptable(module: nn.Module, source: str) -> None:
-    """Refuses a model of two stacks: it asks for a second text that no task here has."""
+    """Refuses a model of two stacks, which asks for a second text that no task here has, and XLNet, whose layers see
+    tokens before examples: lanes would meet each other's."""
     if not isinstance(module, PreTrainedModel):
         return
     core: Any = module.encoder if isinstance(module, PooledClassifier) else module.base_model
     both = hasattr(core, "encoder") and hasattr(core, "decoder")  # an encoder saved alone loads with a random decoder
     if both or getattr(core.config, "is_encoder_decoder", False):
         raise two_stacks(source, core.config)
+    if getattr(core.config, "model_type", None) == "xlnet":
+        raise UserError(
+            f"[model] name = {source!r}: xlnet cannot be adapted, its layers see tokens before examples",
+            "name another encoder (BERT, RoBERTa, ...)",
+        )
 
 
 def require_causal(module: nn.Module, source: str) -> None:
