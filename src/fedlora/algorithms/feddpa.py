@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from fedlora.adapters.algebra import adapter, add, difference, shapes, whole
 from fedlora.algorithms.merging import equal_ranks, start, trained
 from fedlora.federation.aggregate import Mean
-from fedlora.federation.algorithm import Algorithm, Kind, Update
+from fedlora.federation.algorithm import Algorithm, Kind, NotNegative, Update, Whole
 from fedlora.federation.orders import Features, Model, Training, Work
 from fedlora.federation.spec import Client, Extras, Local, ModelSpec, Shape, Tree, derive
 
@@ -46,8 +46,8 @@ class FedDPA(Algorithm[Tree, Memory, Tree]):
 
     training: Training = field(default_factory=Training)
     extras: Extras = field(default_factory=Extras)
-    scale: float = 1.0
-    references: int = 5
+    scale: NotNegative = 1.0
+    references: Whole = 5
 
     @property
     def aggregator(self) -> Mean:
