@@ -343,7 +343,8 @@ def test_feddpa_trains_the_local_adapter_beside_the_frozen_global_one() -> None:
     dpa, who = FedDPA(references=2), client("a")
     fake = Fake(features=(torch.tensor(FEATURES), torch.tensor(LABELS)))
     _, memory = fake.run(dpa.client_init(local(who)))
-    close(memory["reference"], FEATURES[:2], 0)
+    assert memory["reference"].shape == (2, 6)
+    assert all(any(np.array_equal(row, h) for h in FEATURES) for row in array(memory["reference"]))
     state = dpa.server_init(SPEC, 0)
     assert not torch.equal(memory["own"]["up/A"], state["up/A"])
     update, after = fake.run(dpa.client_update(state, memory, local(who)))
@@ -392,3 +393,17 @@ def test_feddpa_of_clients_that_never_trained() -> None:
     models = fake.run(dpa.personalize(state, after, me))
     assert torch.equal(models["gated"].params["head/bias"], after["own"]["head/bias"])
     assert torch.equal(models["global"].params["head/bias"], state["head/bias"])
+
+
+def test_feddpa_draws_its_references_from_all_examples() -> None:
+    """A file sorted by class would else give every gate references of one class only."""
+    rows = torch.arange(40.0)[:, None].expand(40, 6).double()
+    found: list[list[float]] = []
+    for name in ("a", "b"):
+        fake = Fake(features=(rows, torch.arange(40) // 20))
+        for round in (0, 7):
+            _, memory = fake.run(FedDPA().client_init(local(client(name), round)))
+            found.append(array(memory["reference"])[:, 0].tolist())
+    assert found[0] == found[1]  # of the client alone, whenever it comes
+    assert found[0] != found[2]
+    assert all(len(set(rows)) == 5 and max(rows) > 4 for rows in found)

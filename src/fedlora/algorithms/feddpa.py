@@ -15,7 +15,7 @@ from fedlora.algorithms.merging import equal_ranks, start, trained
 from fedlora.federation.aggregate import Mean
 from fedlora.federation.algorithm import Algorithm, Kind, NotNegative, Update, Whole
 from fedlora.federation.orders import Features, Model, Training, Work
-from fedlora.federation.spec import Client, Extras, Local, ModelSpec, Shape, Tree, derive
+from fedlora.federation.spec import Client, Extras, Local, ModelSpec, Shape, Tree, derive, stream
 
 Memory = Mapping[str, Any]
 
@@ -27,7 +27,7 @@ class FedDPA(Algorithm[Tree, Memory, Tree]):
         theta <- theta + sum_i p_i (theta_i - theta),   p_i = n_i / sum n over the round
         local_i <- training of W0 + theta_i + local_i   with theta_i frozen
         inference:  h = W0 x + w(x) local_i x + (1 - w(x)) theta x,
-                    w(x) = clip(scale * mean_k cos(f0(x), f0(x_k)), 0, 1),   f0 the unadapted base, x_k own examples
+                    w(x) = clip(scale * mean_k cos(f0(x), f0(x_k)), 0, 1),   f0 the unadapted base, x_k drawn own ones
 
     The local head starts as the one just trained with theta; who never trained has theta's head. Deployed: "gated";
     variants "sum" (both at weight 1, as trained) and "global". Equal ranks.
@@ -59,7 +59,9 @@ class FedDPA(Algorithm[Tree, Memory, Tree]):
     def client_init(self, local: Local) -> Work[tuple[None, Memory]]:
         features, _ = yield from Features(Model({}), "train")
         own = local.spec.adapter(local.client.ranks, derive(local.run_seed, "local"))
-        return None, {"own": own, "reference": features[: self.references].clone(), "private": {}}
+        luck = stream(local.run_seed, "references", local.client.id)  # rows may be sorted by class
+        drawn = torch.randperm(len(features), generator=luck)[: self.references].sort().values
+        return None, {"own": own, "reference": features[drawn], "private": {}}
 
     def broadcast(self, state: Tree, client: Client, round: int) -> Tree:
         equal_ranks(state, client, "feddpa")
