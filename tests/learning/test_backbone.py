@@ -227,6 +227,21 @@ def test_models_that_no_task_suits_are_refused(tmp_path):
     load_backbone(transformers.BertLMHeadModel(one_way), "causal-lm")
 
 
+def test_what_cannot_be_padded_is_refused():
+    def words(**special):
+        vocabulary = tokenizers.models.WordLevel({"a": 0, "b": 1}, "a")
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(vocabulary), **special)
+
+    with pytest.raises(UserError, match=r"no padding token[\s\S]*set its pad_token"):
+        load_backbone(bert(), TEXT, labels=LABELS, processor=words())
+    many = words(eos_token="b")
+    many.add_tokens([f"<{i}>" for i in range(VOCAB)])
+    many.pad_token = f"<{VOCAB - 1}>"
+    with pytest.raises(UserError, match=rf"number {VOCAB + 1}, but the model has {VOCAB} embeddings"):
+        load_backbone(bert(), TEXT, labels=LABELS, processor=many)
+    load_backbone(bert(), TEXT, labels=LABELS, processor=words(eos_token="b"))
+
+
 def test_an_image_processor_is_read_from_its_file(tmp_path):
     settings = {
         "size": {"height": 24, "width": 32},

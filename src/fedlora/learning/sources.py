@@ -192,11 +192,25 @@ def move(module: nn.Module, dtype: torch.dtype | None, device: torch.device | st
 
 
 def settle_padding(module: nn.Module, tokenizer: Any) -> None:
-    """Every batch is padded: a tokenizer without a padding token uses its end-of-text token."""
+    """Every batch is padded: a tokenizer without a padding token uses its end-of-text token. UserError where it has
+    neither, or one that the model does not know."""
     if not hasattr(tokenizer, "pad_token_id"):
         return
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise UserError(
+            "the tokenizer has no padding token, nor one that ends a text or stands for unknown words",
+            "set its pad_token and save it beside the model",
+        )
+    table: Any = module.get_input_embeddings() if isinstance(module, PreTrainedModel) else None
+    rows = getattr(table, "num_embeddings", None)
+    if rows is not None and tokenizer.pad_token_id >= rows:
+        raise UserError(
+            f"the tokenizer pads with {tokenizer.pad_token!r}, number {tokenizer.pad_token_id}, but the model has "
+            f"{rows} embeddings",
+            "take a pad_token that the model has, or resize_token_embeddings and save the model",
+        )
     for config in [m.config for m in module.modules() if isinstance(m, PreTrainedModel)]:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         if getattr(text, "pad_token_id", None) is None:
