@@ -354,3 +354,11 @@ def test_the_preview_shows_clients_labels_and_warnings(tmp_path: Path) -> None:
     assert "and 1 rarer labels" in shown
     assert "warning: 1 client without test data, left out of the scores: '[bold]odd[/bold]'" in shown
     console.file.close()
+
+
+def test_a_missing_partition_column_names_the_key_that_takes_it(tmp_path: Path) -> None:
+    train = _file(tmp_path / "train.jsonl", _rows(8))
+    for way in ({"column": "ovner"}, {"alpha": 1.0, "column": "ovner"}):
+        settings = DataSettings(train=train, partition=PartitionSettings.model_validate(way))
+        with pytest.raises(UserError, match=r"no column 'ovner' .*nearest: 'owner'\)\n  -> .*partition = \{column = "):
+            build(settings, TASK)

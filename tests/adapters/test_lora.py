@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters.lora import Dense, Dropout, Factors, LaneLinear, Plan, applied, merged_weight, sizes
+from fedlora.errors import UserError
 
 OUT, IN, TOKENS = 7, 5, 4
 SEGMENTS = ((1, 0, 2), (0, 2, 3), (2, 3, 6))
@@ -194,6 +195,6 @@ def test_what_is_not_linear_is_refused_by_name():
 
 
 def test_a_selection_of_tokens_is_refused():
-    layer = LaneLinear(linear(), "s")
-    with applied([layer], Plan(SEGMENTS, {"s": (factors(2, False),)})), pytest.raises(ValueError, match=r"7 rows .* 6"):
+    layer, plan = LaneLinear(linear(), "s"), Plan(SEGMENTS, {"s": (factors(2, False),)})
+    with applied([layer], plan), pytest.raises(UserError, match=r"layer 's' got 7 rows .* 6[\s\S]*\[adapter\] targets"):
         layer(draw(7, IN))

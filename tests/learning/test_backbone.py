@@ -203,6 +203,45 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         load_processor(str(tmp_path))
 
 
+def test_models_that_no_task_suits_are_refused(tmp_path):
+    t5 = transformers.T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    for i, two in enumerate((transformers.T5Model(t5), transformers.T5EncoderModel(t5))):
+        two.save_pretrained(tmp_path / str(i))
+        with pytest.raises(UserError, match="t5 is an encoder-decoder model"):
+            load_backbone(tmp_path / str(i), TEXT, labels=LABELS, processor=object())
+    with pytest.raises(UserError, match="t5 is an encoder-decoder model"):
+        load_backbone(transformers.T5Model(t5), TEXT, labels=LABELS)
+    small = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    bart = transformers.BartConfig(vocab_size=VOCAB, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, **small)
+    transformers.BartForConditionalGeneration(bart).save_pretrained(tmp_path / "bart")
+    with pytest.raises(UserError, match="bart is an encoder-decoder model"):  # its decoder alone would load
+        load_backbone(tmp_path / "bart", "causal-lm", processor=object())
+    load_backbone(transformers.BartForCausalLM(bart), "causal-lm")
+    xlnet = transformers.XLNetConfig(vocab_size=VOCAB, d_model=16, n_layer=1, n_head=2, d_inner=16)
+    with pytest.raises(UserError, match="xlnet cannot be adapted"):
+        load_backbone(transformers.XLNetModel(xlnet), TEXT, labels=LABELS)
+    bert().save_pretrained(tmp_path / "bert")
+    with pytest.raises(UserError, match=r"bert is an encoder[\s\S]*is_decoder = true"):
+        load_backbone(tmp_path / "bert", "causal-lm", processor=object())
+    one_way = transformers.BertConfig(**{**bert().config.to_dict(), "is_decoder": True})
+    load_backbone(transformers.BertLMHeadModel(one_way), "causal-lm")
+
+
+def test_what_cannot_be_padded_is_refused():
+    def words(**special):
+        vocabulary = tokenizers.models.WordLevel({"a": 0, "b": 1}, "a")
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(vocabulary), **special)
+
+    with pytest.raises(UserError, match=r"no padding token[\s\S]*set its pad_token"):
+        load_backbone(bert(), TEXT, labels=LABELS, processor=words())
+    many = words(eos_token="b")
+    many.add_tokens([f"<{i}>" for i in range(VOCAB)])
+    many.pad_token = f"<{VOCAB - 1}>"
+    with pytest.raises(UserError, match=rf"number {VOCAB + 1}, but the model has {VOCAB} embeddings"):
+        load_backbone(bert(), TEXT, labels=LABELS, processor=many)
+    load_backbone(bert(), TEXT, labels=LABELS, processor=words(eos_token="b"))
+
+
 def test_an_image_processor_is_read_from_its_file(tmp_path):
     settings = {
         "size": {"height": 24, "width": 32},

@@ -118,6 +118,15 @@ def test_mistakes_are_found_before_anything_runs(tmp_path: Path) -> None:
         ("[0.001, 0.02]", "0.02", "not a list"),
         ("seeds = [0, 1]", "seedz = [0]", "seedz"),
         ("my.toml", "your.toml", "your.toml"),
+        ("seeds = [0, 1]", "seeds = [0, 1, 0]", "seeds names 0 twice"),
+        ("[0.001, 0.02]", "[0.001, 0.001]", r"settings of \[tune\] are called 'lr=0.001'"),
+        (
+            '"training.lr"',
+            '"algorithm.finetune_epochs"',
+            r"cell 'fedit finetune_epochs=1' sets algorithm, and \[tune\]",
+        ),
+        ('"algorithm" =', '"training.lr" = [0.1]\n"algorithm" =', r"sets training.lr, and \[tune\] training.lr would"),
+        ("[tune]", '[[cells]]\nname = "x"\ntraining.validate = false\n[tune]', "x: .* training.validate is false"),
     ):
         text = STUDY.format(seeds="[0, 1]")
         assert old in text
@@ -125,6 +134,18 @@ def test_mistakes_are_found_before_anything_runs(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=said):
             load_study(file)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_is_named_and_a_study_without_validation_says_so(tmp_path: Path) -> None:
+    file = study_file(tmp_path)
+    file.write_text(
+        'base = "my.toml"\nseeds = [0]\n[grid]\n"training.validate" = [false]\n"clients.ranks" = [4, [2, 4]]\n'
+    )
+    with pytest.raises(UserError, match=r"ranks=\[2, 4\], seed 0: .*ranks must be equal"):
+        compare(file, tmp_path / "out")
+    file.write_text('base = "my.toml"\nseeds = [0]\n[grid]\n"training.validate" = [false]\n"clients.ranks" = [4]\n')
+    said = (compare(file, tmp_path / "out") / "table.md").read_text()
+    assert "scores are on test rows at the end (no validation rows were kept)." in said
 
 
 def test_combinations_have_names() -> None:
@@ -149,7 +170,7 @@ adapter = {extras = {head = "private"}}
 
 [[cells]]
 name = "slow"
-training.lr = 1e-5
+training.epochs = 7
 """
     file.write_text(STUDY.format(seeds="[0]") + cells)
     study = load_study(file)
@@ -159,7 +180,7 @@ training.lr = 1e-5
     assert private.algorithm.name == "head-only"
     assert private.adapter.extras.head == "private"
     assert private.adapter.rank == slow.adapter.rank
-    assert slow.training.lr == 1e-5
+    assert slow.training.epochs == 7
     assert slow.training.rounds == private.training.rounds == 2
     for text, said in (('name = "slow"', ""), ('"private heads"', '"local"')):
         file.write_text(STUDY.format(seeds="[0]") + cells.replace(text, said))

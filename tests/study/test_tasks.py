@@ -14,7 +14,9 @@ import transformers
 
 import fedlora
 from fedlora.errors import UserError
+from fedlora.learning.backbone import load_backbone
 from fedlora.study.config import load
+from fedlora.study.tasks import max_length
 from study import tiny
 
 
@@ -153,3 +155,36 @@ def test_norms_may_train(tmp_path: Path) -> None:
     run(file, tmp_path / "run")
     described = json.loads((tmp_path / "run" / "adapters" / "global" / "adapter_config.json").read_text())
     assert any("LayerNorm" in name for name in described["modules_to_save"])
+
+
+def long_texts(folder: Path) -> Path:
+    """Texts of 80 words for models with places for 64 tokens."""
+    file = tiny.run_file(folder, training="rounds = 1\nsteps = 1\n", data="partition = {clients = 2}\n")
+    rows = [json.loads(line) for line in (folder / "mine.jsonl").read_text().splitlines()[:40]]
+    for row in rows:
+        row["text"] = " ".join((row["text"].split() * 80)[:80])
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIZES |= {"intermediate_size": 16, "max_position_embeddings": 64}
+
+
+def test_texts_longer_than_a_model_has_places_for(tmp_path: Path) -> None:
+    file = long_texts(tmp_path)
+    assert run(file, tmp_path / "cut")["rounds"] == 1
+    with pytest.raises(UserError, match=r"max_length = 70: .* has places for 64 tokens\n  -> set it to at most 64"):
+        run(file, tmp_path / "run", "data.max_length=70")
+    roberta = transformers.RobertaConfig(**SIZES, pad_token_id=0)  # the first place is the padding token's
+    tiny._saved(transformers.RobertaModel, roberta, tmp_path / "roberta")
+    assert run(file, tmp_path / "roberta-cut", f"model.name={tmp_path / 'roberta'}")["rounds"] == 1
+    with pytest.raises(UserError, match="has places for 63 tokens"):
+        run(file, tmp_path / "run", f"model.name={tmp_path / 'roberta'}", "data.max_length=64")
+    computed = transformers.LlamaConfig(**SIZES, pad_token_id=0)  # rotary: any length
+    tiny._saved(transformers.LlamaModel, computed, tmp_path / "llama")
+    assert run(file, tmp_path / "llama-run", f"model.name={tmp_path / 'llama'}", "data.max_length=80")["rounds"] == 1
+    endless = transformers.XLNetConfig(vocab_size=64, d_model=16, n_layer=1, n_head=2, d_inner=16)  # says -1 places
+    assert endless.max_position_embeddings == -1
+    private = load_backbone(transformers.XLNetModel(endless), "text-classification", labels=("a", "b"), adapt=False)
+    assert max_length(load(file), private) == 128

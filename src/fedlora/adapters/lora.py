@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from fedlora.errors import UserError
 from fedlora.federation.spec import derive
 
 Segment = tuple[int, int, int]
@@ -251,7 +252,7 @@ class LaneLinear(nn.Module):
         if not slots and not dense:
             return y
         shape = y.shape
-        rows = _rows(x, plan)
+        rows = _rows(x, plan, self.site)
         y = y.reshape(*rows.shape[:-1], y.shape[-1])
         if plan.dropout is not None:
             rows = rows * _mask(plan.dropout, self._stream, self.in_features).to(rows.dtype).unsqueeze(1)
@@ -277,12 +278,13 @@ def _lowrank(y: Tensor, x: Tensor, slot: Factors, plan: Plan) -> Tensor:
     return node.apply(y, x, slot.A, slot.B, slot.C, scale, plan.owners[rank])
 
 
-def _rows(x: Tensor, plan: Plan) -> Tensor:
+def _rows(x: Tensor, plan: Plan, site: str) -> Tensor:
     """x as (rows, tokens, in): some layers see tokens of all rows in one dimension."""
     if x.shape[0] != plan.rows and x.shape[0] % plan.rows:
-        raise ValueError(
-            f"an adapted layer got {x.shape[0]} rows in a batch of {plan.rows} examples: layers that see a selection "
-            "of tokens (mixture-of-experts routing) cannot be adapted"
+        raise UserError(
+            f"the adapted layer {site!r} got {x.shape[0]} rows in a batch of {plan.rows} examples: layers that see a "
+            "selection of tokens (mixture-of-experts routing) cannot be adapted",
+            "name other layers in [adapter] targets, for example those of the attention",
         )
     return x.reshape(plan.rows, -1, x.shape[-1])
 

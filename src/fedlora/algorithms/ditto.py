@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fedlora.adapters.algebra import add, difference, shapes
 from fedlora.algorithms.merging import equal_ranks, start, trained
 from fedlora.federation.aggregate import Mean
-from fedlora.federation.algorithm import Algorithm, Kind, Update
+from fedlora.federation.algorithm import Algorithm, Kind, NotNegative, Update
 from fedlora.federation.orders import Model, Proximal, Training, Work
 from fedlora.federation.spec import Client, Extras, Local, ModelSpec, Shape, Tree
 
@@ -40,7 +40,7 @@ class Ditto(Algorithm[Tree, Memory, Tree]):
 
     training: Training = field(default_factory=Training)
     extras: Extras = field(default_factory=Extras)
-    proximal: float = 0.1
+    proximal: NotNegative = 0.1
 
     @property
     def aggregator(self) -> Mean:

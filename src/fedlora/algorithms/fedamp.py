@@ -12,7 +12,7 @@ from torch import Tensor
 from fedlora.adapters.algebra import difference, mixture, shapes
 from fedlora.algorithms.merging import Unsuitable, equal_ranks, start, trained
 from fedlora.federation.aggregate import Collect
-from fedlora.federation.algorithm import Algorithm, Kind, Update
+from fedlora.federation.algorithm import Algorithm, Kind, NotNegative, Positive, Share, Update
 from fedlora.federation.orders import Model, Proximal, Training, Work
 from fedlora.federation.spec import Client, Extras, Local, ModelSpec, Shape, Tree
 
@@ -45,9 +45,9 @@ class FedAMP(Algorithm[State, Tree, Mapping[str, Any]]):
 
     training: Training = field(default_factory=Training)
     extras: Extras = field(default_factory=Extras)
-    proximal: float = 0.1
-    sigma: float = 1.0
-    step: float = 1.0
+    proximal: NotNegative = 0.1
+    sigma: Positive = 1.0
+    step: Share = 1.0
 
     @property
     def aggregator(self) -> Collect:

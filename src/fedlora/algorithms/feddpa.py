@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fedlora.adapters.algebra import adapter, add, difference, shapes
+from fedlora.adapters.algebra import adapter, add, difference, shapes, whole
 from fedlora.algorithms.merging import equal_ranks, start, trained
 from fedlora.federation.aggregate import Mean
-from fedlora.federation.algorithm import Algorithm, Kind, Update
+from fedlora.federation.algorithm import Algorithm, Kind, NotNegative, Update, Whole
 from fedlora.federation.orders import Features, Model, Training, Work
-from fedlora.federation.spec import Client, Extras, Local, ModelSpec, Shape, Tree, derive
+from fedlora.federation.spec import Client, Extras, Local, ModelSpec, Shape, Tree, derive, stream
 
 Memory = Mapping[str, Any]
 
@@ -27,9 +27,10 @@ class FedDPA(Algorithm[Tree, Memory, Tree]):
         theta <- theta + sum_i p_i (theta_i - theta),   p_i = n_i / sum n over the round
         local_i <- training of W0 + theta_i + local_i   with theta_i frozen
         inference:  h = W0 x + w(x) local_i x + (1 - w(x)) theta x,
-                    w(x) = clip(scale * mean_k cos(f0(x), f0(x_k)), 0, 1),   f0 the unadapted base, x_k own examples
+                    w(x) = clip(scale * mean_k cos(f0(x), f0(x_k)), 0, 1),   f0 the unadapted base, x_k drawn own ones
 
-    Deployed: "gated"; variants "sum" (both at weight 1, as trained) and "global". Equal ranks.
+    The local head starts as the one just trained with theta; who never trained has theta's head. Deployed: "gated";
+    variants "sum" (both at weight 1, as trained) and "global". Equal ranks.
 
     Travels: A, B and shared extras of the global adapter, both ways. Stays: the local adapter and its head, the
     reference features, private extras. Paper: arXiv 2403.19211.
@@ -45,8 +46,8 @@ class FedDPA(Algorithm[Tree, Memory, Tree]):
 
     training: Training = field(default_factory=Training)
     extras: Extras = field(default_factory=Extras)
-    scale: float = 1.0
-    references: int = 5
+    scale: NotNegative = 1.0
+    references: Whole = 5
 
     @property
     def aggregator(self) -> Mean:
@@ -58,7 +59,9 @@ class FedDPA(Algorithm[Tree, Memory, Tree]):
     def client_init(self, local: Local) -> Work[tuple[None, Memory]]:
         features, _ = yield from Features(Model({}), "train")
         own = local.spec.adapter(local.client.ranks, derive(local.run_seed, "local"))
-        return None, {"own": own, "reference": features[: self.references].clone(), "private": {}}
+        luck = stream(local.run_seed, "references", local.client.id)  # rows may be sorted by class
+        drawn = torch.randperm(len(features), generator=luck)[: self.references].sort().values
+        return None, {"own": own, "reference": features[drawn], "private": {}}
 
     def broadcast(self, state: Tree, client: Client, round: int) -> Tree:
         equal_ranks(state, client, "feddpa")
@@ -67,7 +70,7 @@ class FedDPA(Algorithm[Tree, Memory, Tree]):
     def client_update(self, payload: Tree, memory: Memory, local: Local) -> Work[tuple[Update, Memory]]:
         train = trained(local.spec, self.extras, "A", "B")
         tuned = yield from self.training.fit(local, Model({**payload, **memory["private"]}), train)
-        both = Model(memory["own"], others=(adapter(tuned.params),))
+        both = Model({**whole(tuned.params), **memory["own"]}, others=(adapter(tuned.params),))
         own = yield from self.training.fit(local, both, train)
         kept = {**memory, "own": own.params, "private": self.extras.staying(tuned.params)}
         return Update(difference(tuned.params, payload), local.examples, tuned.sums), kept
@@ -82,11 +85,12 @@ class FedDPA(Algorithm[Tree, Memory, Tree]):
         return None if self.extras.personal else Model(state)
 
     def personalize(self, payload: Tree, memory: Memory, local: Local) -> Work[Mapping[str, Model]]:
-        params, other = {**memory["own"], "extra/reference": memory["reference"]}, (adapter(payload),)
+        shared, other = {**payload, **memory["private"]}, (adapter(payload),)
+        own = {**whole(shared), **memory["own"]}
         return {
-            "gated": Model(params, other, Nearness(self.scale)),
-            "sum": Model(memory["own"], other),
-            "global": Model({**payload, **memory["private"]}),
+            "gated": Model({**own, "extra/reference": memory["reference"]}, other, Nearness(self.scale)),
+            "sum": Model(own, other),
+            "global": Model(shared),
         }
         yield
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedlora.algorithms.merging import needs_labels
 from fedlora.algorithms.prototypes import packed, packed_shape, unpacked
 from fedlora.federation.aggregate import Collect
-from fedlora.federation.algorithm import Algorithm, Kind, Update
+from fedlora.federation.algorithm import Algorithm, Kind, Positive, Update, Whole
 from fedlora.federation.orders import Features, Model, Training, Work
 from fedlora.federation.spec import Client, Local, ModelSpec, Shape, Tree
 
@@ -43,8 +43,8 @@ class FedGH(Algorithm[Tree, Tree, Any]):
     adapts = False
 
     training: Training = field(default_factory=Training)
-    lr: float = 0.01
-    epochs: int = 1
+    lr: Positive = 0.01
+    epochs: Whole = 1
 
     @property
     def aggregator(self) -> Collect:

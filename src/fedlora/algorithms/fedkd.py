@@ -13,7 +13,7 @@ from fedlora.adapters.algebra import add, cast, difference, linalg
 from fedlora.algorithms.distillation import divergence
 from fedlora.algorithms.merging import equal_ranks, needs_labels, received, sent, start, trained
 from fedlora.federation.aggregate import Mean
-from fedlora.federation.algorithm import Algorithm, Kind, Update
+from fedlora.federation.algorithm import Algorithm, Kind, Share, Update
 from fedlora.federation.orders import Batch, Model, Outputs, Training, Work, label_loss
 from fedlora.federation.spec import Client, Extras, Local, ModelSpec, Shape, Tree
 
@@ -51,8 +51,8 @@ class FedKD(Algorithm[State, Memory, Tree]):
 
     training: Training = field(default_factory=Training)
     extras: Extras = field(default_factory=Extras)
-    energy: float = 0.95
-    last_energy: float = 0.98
+    energy: Share = 0.95
+    last_energy: Share = 0.98
 
     @property
     def aggregator(self) -> Expanded:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedlora.algorithms.merging import needs_labels
 from fedlora.algorithms.prototypes import ByClass, packed, packed_shape
-from fedlora.federation.algorithm import Algorithm, Kind, Update
+from fedlora.federation.algorithm import Algorithm, Kind, NotNegative, Update
 from fedlora.federation.orders import Batch, Features, Model, Outputs, Training, Work, allowed, label_loss
 from fedlora.federation.spec import Client, Local, ModelSpec, Shape, Tree
 
@@ -40,7 +40,7 @@ class FedProto(Algorithm[Tree, Tree, Mapping[str, Tensor]]):
     adapts = False
 
     training: Training = field(default_factory=Training)
-    strength: float = 1.0
+    strength: NotNegative = 1.0
 
     @property
     def aggregator(self) -> ByClass:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from fedlora.adapters.algebra import add, difference, shapes
 from fedlora.algorithms.merging import equal_ranks, private_head, start, trained
 from fedlora.federation.aggregate import Mean
-from fedlora.federation.algorithm import Algorithm, Kind, Update
+from fedlora.federation.algorithm import Algorithm, Kind, Update, Whole
 from fedlora.federation.orders import Model, Training, Work
 from fedlora.federation.spec import Client, Extras, Local, ModelSpec, Shape, Tree
 
@@ -41,7 +41,7 @@ class FedRep(Algorithm[Tree, Tree, Tree]):
 
     training: Training = field(default_factory=Training)
     extras: Extras = field(default_factory=lambda: Extras(head="private"))
-    head_epochs: int = 10
+    head_epochs: Whole = 10
 
     @property
     def aggregator(self) -> Mean:

@@ -12,7 +12,7 @@ from fedlora.adapters.algebra import add, difference, shapes
 from fedlora.algorithms.distillation import divergence
 from fedlora.algorithms.merging import equal_ranks, start, trained
 from fedlora.federation.aggregate import Mean
-from fedlora.federation.algorithm import Algorithm, Kind, Update
+from fedlora.federation.algorithm import Algorithm, Kind, Share, Update
 from fedlora.federation.orders import Batch, Model, Outputs, Training, Work, label_loss
 from fedlora.federation.spec import Client, Extras, Local, ModelSpec, Shape, Tree
 
@@ -41,8 +41,8 @@ class FML(Algorithm[Tree, Memory, Tree]):
 
     training: Training = field(default_factory=Training)
     extras: Extras = field(default_factory=Extras)
-    a: float = 0.5
-    b: float = 0.5
+    a: Share = 0.5
+    b: Share = 0.5
 
     @property
     def aggregator(self) -> Mean:

@@ -27,7 +27,7 @@ from fedlora.adapters.algebra import (
 )
 from fedlora.algorithms.merging import scaling, sliced, trained
 from fedlora.federation.aggregate import Mean
-from fedlora.federation.algorithm import Algorithm, Kind, Update
+from fedlora.federation.algorithm import Algorithm, Kind, NotNegative, Share, Update
 from fedlora.federation.orders import Batch, Model, Outputs, Training, Work, cross_entropy
 from fedlora.federation.spec import Client, Extras, Local, ModelSpec, Shape, Tree
 
@@ -61,8 +61,8 @@ class HetLoRA(Algorithm[State, Memory, Tree]):
 
     training: Training = field(default_factory=Training)
     extras: Extras = field(default_factory=Extras)
-    prune: float | None = None
-    penalty: float = 1e-3
+    prune: Share | None = None
+    penalty: NotNegative = 1e-3
 
     @property
     def aggregator(self) -> Padded:

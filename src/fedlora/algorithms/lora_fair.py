@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedlora.adapters.algebra import add, difference, linalg, product, ranks, shapes
 from fedlora.algorithms.merging import Spread, equal_ranks, residual, start, trained
-from fedlora.federation.algorithm import Algorithm, Kind, Update
+from fedlora.federation.algorithm import Algorithm, Kind, NotNegative, Update
 from fedlora.federation.orders import Model, Training, Work
 from fedlora.federation.spec import Client, Extras, Local, ModelSpec, Shape, Tree
 
@@ -39,7 +39,7 @@ class LoRAFAIR(Algorithm[Tree, Tree, Mapping[str, Tree]]):
 
     training: Training = field(default_factory=Training)
     extras: Extras = field(default_factory=Extras)
-    ridge: float = 0.01
+    ridge: NotNegative = 0.01
 
     @property
     def aggregator(self) -> Spread:

@@ -52,10 +52,13 @@ def extract(part: Part, columns: Mapping[str, str]) -> pa.Table:
     known = part.table.column_names
     for ours, theirs in columns.items():
         if theirs not in known:
+            example = f"{ours} = {(known or ['...'])[0]!r}"
+            if ours == "client":  # no key of its own
+                example = f"partition = {{column = {(known or ['...'])[0]!r}}}"
             raise UserError(
                 f"{part.name} has no column {theirs!r} (wanted as {ours}); it has {listed(known)}"
                 f"{nearest(theirs, known)}",
-                f"name the right column in [data], for example {ours} = {(known or ['...'])[0]!r}",
+                f"name the right column in [data], for example {example}",
             )
     features = datasets.Features.from_arrow_schema(part.table.schema)
     taken = {}

@@ -39,6 +39,8 @@ from fedlora.learning.sources import (
     ordered,
     put,
     quiet,
+    require_adaptable,
+    require_causal,
     settle_padding,
     stored,
 )
@@ -383,6 +385,10 @@ def load_backbone(
             folder = folder_of(str(model))
             module, fits = load_model(folder, source, kind, labels, pooling, stored(bits, device))
             processor = load_processor(folder, kind) if processor is None else processor
+        if kind == "causal-lm":
+            require_causal(module, source)
+        if adapt:
+            require_adaptable(module, source)
         head, path = None, ""
         if kind != "causal-lm":
             path, found = find_head(module, len(labels))

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from fedlora.errors import UserError
 from fedlora.learning.cnn import CNN, PIXELS, WIDTHS, CNNConfig
@@ -101,6 +102,8 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(folder)
         if kind == "causal-lm":
+            if getattr(config, "is_encoder_decoder", False):  # some load as a decoder alone, with half of their weights
+                raise two_stacks(source, config)
             return transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, dtype="auto", **how), False
         if pooling == "auto" and _has_head(config, kind):
             auto = (
@@ -122,6 +125,42 @@ def load_model(
             'give a folder, a hub id that is reachable or cached, "minilm", "embedded-lm" or "cnn-1" to "cnn-5"',
         ) from error
     return _pooled(encoder, kind, labels, pooling), False
+
+
+def two_stacks(source: str, config: Any) -> UserError:
+    """What is said of an encoder-decoder model."""
+    return UserError(
+        f"[model] name = {source!r}: {config.model_type} is an encoder-decoder model, which cannot be adapted",
+        "name an encoder (BERT, RoBERTa, ...), or a decoder (Llama, GPT-2, ...)",
+    )
+
+
+def require_adaptable(module: nn.Module, source: str) -> None:
+    """Refuses a model of two stacks, which asks for a second text that no task here has, and XLNet, whose layers see
+    tokens before examples: lanes would meet each other's."""
+    if not isinstance(module, PreTrainedModel):
+        return
+    core: Any = module.encoder if isinstance(module, PooledClassifier) else module.base_model
+    both = hasattr(core, "encoder") and hasattr(core, "decoder")  # an encoder saved alone loads with a random decoder
+    if both or getattr(core.config, "is_encoder_decoder", False):
+        raise two_stacks(source, core.config)
+    if getattr(core.config, "model_type", None) == "xlnet":
+        raise UserError(
+            f"[model] name = {source!r}: xlnet cannot be adapted, its layers see tokens before examples",
+            "name another encoder (BERT, RoBERTa, ...)",
+        )
+
+
+def require_causal(module: nn.Module, source: str) -> None:
+    """Refuses an encoder as a language model: where a token sees those that follow, predicting the next is copying."""
+    config: Any = getattr(module, "config", None)
+    masked = getattr(config, "model_type", None) in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if masked and getattr(config, "is_decoder", None) is False:
+        raise UserError(
+            f"[model] name = {source!r}: {config.model_type} is an encoder, and its tokens see those that follow: "
+            "it cannot learn to predict them",
+            "name a decoder (Llama, GPT-2, ...), or save this model with is_decoder = true in its config.json",
+        )
 
 
 def _names(labels: Sequence[str]) -> dict[str, Any]:
@@ -187,11 +226,25 @@ def move(module: nn.Module, dtype: torch.dtype | None, device: torch.device | st
 
 
 def settle_padding(module: nn.Module, tokenizer: Any) -> None:
-    """Every batch is padded: a tokenizer without a padding token uses its end-of-text token."""
+    """Every batch is padded: a tokenizer without a padding token uses its end-of-text token. UserError where it has
+    neither, or one that the model does not know."""
     if not hasattr(tokenizer, "pad_token_id"):
         return
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise UserError(
+            "the tokenizer has no padding token, nor one that ends a text or stands for unknown words",
+            "set its pad_token and save it beside the model",
+        )
+    table: Any = module.get_input_embeddings() if isinstance(module, PreTrainedModel) else None
+    rows = getattr(table, "num_embeddings", None)
+    if rows is not None and tokenizer.pad_token_id >= rows:
+        raise UserError(
+            f"the tokenizer pads with {tokenizer.pad_token!r}, number {tokenizer.pad_token_id}, but the model has "
+            f"{rows} embeddings",
+            "take a pad_token that the model has, or resize_token_embeddings and save the model",
+        )
     for config in [m.config for m in module.modules() if isinstance(m, PreTrainedModel)]:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         if getattr(text, "pad_token_id", None) is None:

@@ -105,15 +105,53 @@ def load_study(path: str | Path, changes: Sequence[str] = ()) -> Study:
         *(combinations(settings.grid, f"{file}: [grid]") if settings.grid or not settings.cells else ()),
         *(_written(cell, f"{file}: [[cells]]") for cell in settings.cells),
     )
-    slugs = [cell.slug for cell in cells]
-    twice = [cell.name for cell in cells if slugs.count(cell.slug) > 1]
-    if twice:
-        raise UserError(f"{file}: two cells are called {twice[0]!r}", "leave one out, or give it another name")
     tuned = combinations(settings.tune, f"{file}: [tune]")
+    for kind, made in (("cells", cells), ("settings of [tune]", tuned)):
+        slugs = [cell.slug for cell in made]
+        if twice := [cell for cell in made if slugs.count(cell.slug) > 1]:
+            raise UserError(
+                f"{file}: two {kind} are called {twice[0].name!r}, or share the folder {twice[0].slug!r}",
+                "leave one out, or give it another name",
+            )
+    if again := [seed for seed in settings.seeds if settings.seeds.count(seed) > 1]:
+        raise UserError(f"{file}: seeds names {again[0]} twice", "one seed is one run")
+    for cell, key in itertools.product(cells, tuned[0].changes):
+        if (own := _sets(cell.changes, key)) is not None:
+            raise UserError(
+                f"{file}: cell {cell.name!r} sets {own}, and [tune] {key} would replace it",
+                f"leave {key} out of [tune], or {own} out of the cells",
+            )
     study = Study(base, file.parent, tuple(settings.seeds), cells, tuned, settings.target, settings.keep)
     for cell, setting in itertools.product(cells, tuned):
-        build(study.config(cell, setting, study.seeds[0]))
+        config = study.config(cell, setting, study.seeds[0])
+        build(config)
+        if settings.tune and not config.training.validate_rounds:
+            raise UserError(
+                f"{file}: {cell.name}: [tune] chooses by validation rows, and training.validate is false",
+                "leave validate out (a study keeps these rows apart by itself), or leave out [tune]",
+            )
     return study
+
+
+def _sets(changes: Changes, key: str) -> str | None:
+    """The key by which a cell states what ``key`` names: itself, a part of it, or a table that has it.
+
+    >>> _sets({"algorithm": {"name": "fedit", "proximal": 0.1}}, "algorithm.proximal")
+    'algorithm'
+    >>> _sets({"algorithm": {"name": "fedit"}, "training.lr": 0.1}, "algorithm.proximal") is None
+    True
+    """
+    for stated, value in changes.items():
+        inside: Any = value
+        if key == stated or stated.startswith(f"{key}."):
+            return stated
+        if not key.startswith(f"{stated}."):
+            continue
+        for name in key.removeprefix(f"{stated}.").split("."):
+            inside = inside.get(name) if isinstance(inside, Mapping) else None
+        if inside is not None:
+            return stated
+    return None
 
 
 def combinations(table: Mapping[str, Any], place: str) -> tuple[Cell, ...]:
@@ -224,11 +262,14 @@ def _run(study: Study, cell: Cell, setting: Cell, seed: int, folder: Path, progr
     """One run: read where it is finished, resumed where it was interrupted."""
     place = folder / "cells" / cell.slug / (setting.slug if setting.changes else "") / f"seed-{seed}"
     if not (place / "summary.json").exists():
-        if (place / "config.toml").exists():
-            resume(place, progress=progress)
-        else:
-            shutil.rmtree(place, ignore_errors=True)  # stopped before it began
-            run(study.config(cell, setting, seed), out=place, progress=progress)
+        try:
+            if (place / "config.toml").exists():
+                resume(place, progress=progress)
+            else:
+                shutil.rmtree(place, ignore_errors=True)  # stopped before it began
+                run(study.config(cell, setting, seed), out=place, progress=progress)
+        except UserError as error:
+            raise UserError(f"{cell.name}, seed {seed}: {error}") from None
     if not study.keep:
         for part in ("memories", "checkpoints"):
             shutil.rmtree(place / part, ignore_errors=True)

@@ -34,7 +34,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Measured:
-    """A finished run. Scores are those of the best round by validation; bytes, seconds and FLOPs of the whole run."""
+    """A finished run. Scores are those of the best round by validation, but ``unseen``, which is of the last; bytes,
+    seconds and FLOPs of all rounds, without what a client spends on deploying (local fine-tuning, fusion)."""
 
     cell: str
     seed: int
@@ -258,10 +259,14 @@ def _markdown(
     why = " (the least of all runs' best: every run reached it)" if common else ""
     prior = _over([run.class_prior for run in {run.seed: run for run in runs}.values()])
     choice = "; ".join(f"{cell}: {setting}" for cell, setting in tuned.items())
+    validated = any(run.validation is not None for run in runs)
+    when = "the best round by validation" if validated else "the end (no validation rows were kept)"
+    last = ", unseen clients after the last" if validated and shown.get("unseen") else ""
     out = [
         f"{metric} ({better} is better), seeds {', '.join(map(str, seeds))}; mean ± half the 95 % t-interval over "
-        "seeds; differences are paired by seed; scores are on test rows at the best round by validation.",
-        f"Target: {target:.4f}{why}. Client-seconds: computing time of all clients in the simulation.",
+        f"seeds; differences are paired by seed; scores are on test rows at {when}{last}.",
+        f"Target: {target:.4f}{why}. Client-seconds: computing time of all clients in the simulation. These and FLOPs "
+        "are of the rounds: what deploying takes after them (local fine-tuning, fusion) is apart.",
         *([f"Class prior (each client's most frequent label): {_cell(prior, 'personal')}."] if prior else []),
         *([f"Chosen by validation on seed {seeds[0]}: {choice}"] if choice else []),
         "",

@@ -338,7 +338,8 @@ def merged(module: nn.Module, model: Model, base: Base, start: Tree | None = Non
             layer = layer.base if isinstance(layer, LaneLinear) else layer
             if not mergeable(layer):
                 raise UserError(
-                    f"{site} ({type(layer).__name__}) has no weight to merge into", "export without --merge"
+                    f"{site} is a {type(layer).__name__}, not torch's own Linear: what its weight means is not known",
+                    "export without --merge (PEFT's merge_and_unload may know it)",
                 )
             weight = merged_weight(layer, delta)
             layer.get_parameter("weight").copy_(weight.T if site in base.transposed else weight)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from torch import nn
+
+from fedlora.errors import UserError
 from fedlora.learning.backbone import Backbone
 from fedlora.learning.tasks import CausalLM, ImageClassification, Task, TextClassification
 from fedlora.study.config import RunConfig
@@ -27,7 +30,33 @@ def task_of(config: RunConfig, labels: tuple[str, ...], fields: Collection[str],
 
 def max_length(config: RunConfig, backbone: Backbone) -> int:
     """The run file's ``[data] max_length``, else a length that suits the task and fits the model."""
+    room, stated = positions(backbone), config.data.max_length
+    if stated is None:
+        return min(LONGEST[config.model.task], room or LONGEST[config.model.task])
+    if room is not None and stated > room and tables(backbone):  # positions that are computed have no end
+        raise UserError(
+            f"[data] max_length = {stated}: {backbone.name} has places for {room} tokens",
+            f"set it to at most {room}, or leave it out",
+        )
+    return stated
+
+
+def positions(backbone: Backbone) -> int | None:
+    """How many tokens a model was made for; None where it does not say (XLNet says -1).
+
+    A table of positions that begins behind the padding token's row (RoBERTa's) has that many fewer.
+    """
     settings = getattr(backbone.module, "config", None)
     encoder = getattr(settings, "encoder", settings)
-    room = getattr(encoder, "max_position_embeddings", None) or LONGEST[config.model.task]
-    return config.data.max_length or min(LONGEST[config.model.task], room)
+    found = getattr(encoder, "max_position_embeddings", None)
+    if not isinstance(found, int) or found < 1:
+        return None
+    before = [table.padding_idx + 1 for table in tables(backbone) if table.padding_idx is not None]
+    return found - max(before, default=0)
+
+
+def tables(backbone: Backbone) -> list[nn.Embedding]:
+    """The model's tables of learnt positions."""
+    named = backbone.module.named_modules()
+    names = ("position_embeddings", "embed_positions", "wpe")
+    return [layer for path, layer in named if path.endswith(names) and isinstance(layer, nn.Embedding)]
