@@ -221,6 +221,30 @@ def test_names_are_no_paths_and_paths_keep_their_split(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("fdlora", "population", 1),  # no evolution strategy has one candidate
+        ("fdlora", "sync_every", -1),  # once meant every round
+        ("fdlora", "stage1_epochs", -1),
+        ("fdlora", "outer_lr", math.nan),
+        ("fdlora", "outer_momentum", 1.0),
+        ("fedit", "bucket_rank", 0),
+        ("fedit", "server_betas", [0.9, 1.0]),
+        ("flexlora", "finetune_epochs", -1),
+        ("slora", "density", -0.1),
+        ("slora", "sparse_rounds", -1),
+    ],
+)
+def test_hyper_parameters_are_held_to_their_ranges(name: str, key: str, value: object) -> None:
+    from fedlora.study.algorithm import build
+    from fedlora.study.config import parse
+
+    said = {"model": {"name": "minilm", "task": "text-classification"}, "data": {"train": "mine.jsonl"}}
+    with pytest.raises(UserError, match=rf"^\[algorithm\] {key} = .*: Input should be (greater|less) than"):
+        build(parse({**said, "algorithm": {"name": name, key: value}}, "here"))
+
+
 def test_none_is_written_and_read_back(tmp_path: Path) -> None:
     """TOML has no None: an optional parameter is switched off by a word, also after the file is written again."""
     from tomllib import loads

@@ -7,16 +7,17 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge
 
 from fedlora.adapters.algebra import adapter, add, cast, difference, shapes, whole, zeros
 from fedlora.algorithms.merging import equal_ranks, start, trained
 from fedlora.errors import UserError
 from fedlora.federation.aggregate import Mean
-from fedlora.federation.algorithm import Algorithm, Kind, Update
+from fedlora.federation.algorithm import Algorithm, Count, Decay, Kind, NotNegative, Update
 from fedlora.federation.orders import Model, Optimizer, Score, Split, Training, Work, scores
 from fedlora.federation.spec import Client, Extras, Local, ModelSpec, Shape, Sums, Tree
 
@@ -60,15 +61,15 @@ class FDLoRA(Algorithm[State, Memory, Tree]):
         default_factory=lambda: Training(epochs=3, optimizer=Optimizer("adamw", 2e-4, lrs=(("head", 2e-2),)))
     )
     extras: Extras = field(default_factory=Extras)
-    stage1_epochs: int = 3
-    outer_lr: float = 1.0
-    outer_momentum: float = 0.5
-    sync_every: int | None = 10
+    stage1_epochs: Count = 3
+    outer_lr: NotNegative = 1.0
+    outer_momentum: Decay = 0.5
+    sync_every: Count | None = 10
     sync_last: bool = False
     fusion: Literal["factors", "product"] = "factors"
-    penalty: float = 0.05
-    generations: int = 6
-    population: int = 6
+    penalty: NotNegative = 0.05
+    generations: Count = 6
+    population: Annotated[int, Ge(2)] = 6
 
     @property
     def aggregator(self) -> Mean:

@@ -21,7 +21,17 @@ from fedlora.algorithms.merging import (
     trained,
     yogi,
 )
-from fedlora.federation.algorithm import Aggregator, Algorithm, Kind, Update
+from fedlora.federation.algorithm import (
+    Aggregator,
+    Algorithm,
+    Count,
+    Decay,
+    Kind,
+    NotNegative,
+    Positive,
+    Rank,
+    Update,
+)
 from fedlora.federation.orders import Model, Outputs, Proximal, Training, Work
 from fedlora.federation.spec import Client, Extras, Local, ModelSpec, Shape, Tree
 
@@ -57,17 +67,17 @@ class FedIT(Algorithm[State, Tree, Tree]):
 
     training: Training = field(default_factory=Training)
     extras: Extras = field(default_factory=Extras)
-    proximal: float = 0.0
+    proximal: NotNegative = 0.0
     merge: Literal["average", "svd", "bucket"] = "average"
-    bucket_rank: int | None = None
+    bucket_rank: Rank | None = None
     server: Literal["avg", "avgm", "adam", "yogi"] = "avg"
-    server_lr: float | None = None
-    server_momentum: float = 0.9
-    server_betas: tuple[float, float] = (0.9, 0.99)
-    server_tau: float = 1e-3
-    finetune_epochs: int = 0
+    server_lr: Positive | None = None
+    server_momentum: Decay = 0.9
+    server_betas: tuple[Decay, Decay] = (0.9, 0.99)
+    server_tau: Positive = 1e-3
+    finetune_epochs: Count = 0
     prior: bool = False
-    prior_counts: float = 0.5
+    prior_counts: Positive = 0.5
 
     @property
     def merging(self) -> Merging:

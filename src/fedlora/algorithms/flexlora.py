@@ -9,7 +9,7 @@ from typing import Any
 from fedlora.adapters.algebra import shapes
 from fedlora.algorithms.merging import Svd, trained
 from fedlora.federation.aggregate import Products
-from fedlora.federation.algorithm import Algorithm, Kind, Update
+from fedlora.federation.algorithm import Algorithm, Count, Kind, Update
 from fedlora.federation.orders import Model, Training, Work
 from fedlora.federation.spec import Client, Extras, Local, ModelSpec, Shape, Tree
 
@@ -46,7 +46,7 @@ class FlexLoRA(Algorithm[State, Tree, Tree]):
 
     training: Training = field(default_factory=lambda: Training(epochs=1))
     extras: Extras = field(default_factory=Extras)
-    finetune_epochs: int = 0
+    finetune_epochs: Count = 0
 
     @property
     def aggregator(self) -> Products:

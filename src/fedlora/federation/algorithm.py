@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar
+
+from annotated_types import Ge, Gt, Le, Lt
 
 from fedlora.federation.orders import Model, Work
 from fedlora.federation.spec import Client, Local, ModelSpec, Shape, Sums, Tree
@@ -22,6 +24,14 @@ Kind = Literal["introduce", "train", "evaluate"]
 Evaluated = Literal["test", "validation", "holdout", "fit"]
 """What may be scored from outside. The sums of the first split asked for have plain names ("accuracy"), a second one's
 have the split before them ("validation/accuracy")."""
+
+# Ranges of hyper-parameters: what a run file says is held to them before anything is loaded.
+Count = Annotated[int, Ge(0)]
+Rank = Annotated[int, Ge(1)]
+NotNegative = Annotated[float, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+Decay = Annotated[float, Ge(0), Lt(1)]  # of a running mean: what it forgets must be something
+Share = Annotated[float, Gt(0), Le(1)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -127,7 +127,7 @@ def stated(config: RunConfig, algorithm: Algorithm[Any, Any, Any]) -> RunConfig:
 
 
 def _typed(cls: Any, name: str, value: Any) -> Any:
-    hint = get_type_hints(cls)[name]
+    hint = get_type_hints(cls, include_extras=True)[name]
     if value == NONE and type(None) in get_args(hint):
         return None
     try:
