@@ -118,6 +118,9 @@ def test_resume_trains_for_longer_as_if_never_stopped(tmp_path: Path) -> None:
         ("data.label=lable", "lable"),
         ("data.train=nothing.jsonl", "nothing.jsonl"),
         ("clients.ranks=heavy", "heavy-tail"),
+        ("clients.ranks=0", "'clients.ranks' = 0: give a whole number from 1"),
+        ("clients.ranks=[]", r"'clients.ranks' = \[\]: give"),
+        ("clients.ranks=[2.5]", r"'clients.ranks' = \[2.5\]: give"),
         ("training.rounds", "section.key=value"),
     ],
 )
