@@ -131,6 +131,24 @@ def test_mistakes_are_named(tmp_path: Path, change: str, said: str) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("flexlora", "adapter.targets=[]", "no layer is adapted"),
+        ("fdlora", "adapter.targets=[]", "no layer is adapted"),
+        ("flora", "adapter.targets=[]", "no layer is adapted"),
+        ("ce-lora", "adapter.targets=[]", "no layer is adapted"),
+        ("flexlora", "adapter.extras.backbone=share", "backbone is 'share'"),
+        ("flora", "adapter.extras.backbone=private", "backbone is 'private'"),
+        ("fedex-lora", "adapter.extras.backbone=share", "backbone is 'share'"),
+    ],
+)
+def test_what_an_algorithm_cannot_train_is_named(tmp_path: Path, name: str, change: str, said: str) -> None:
+    file = tiny.run_file(tmp_path, algorithm=f'name = "{name}"\n', training="rounds = 1\n")
+    with pytest.raises(UserError, match=said):
+        fedlora("run", file, "--set", change, "--out", tmp_path / "run")
+
+
 def test_an_algorithm_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from dataclasses import dataclass, field\n"
