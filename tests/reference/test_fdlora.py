@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from fedlora.algorithms.fdlora import FDLoRA, search_from
+from fedlora.errors import UserError
 from fedlora.federation.orders import Fit, Model, Score
 from fedlora.federation.spec import Extras
 from reference.fake import SITES, SPEC, Fake, array, client, close, dense, local
@@ -190,6 +192,14 @@ def test_private_heads_stay_on_both_adapters() -> None:
     models = Fake(loss=lambda m, s: (1.0, 9.0)).run(fdlora.personalize(state["theta"], memory, local(CLIENTS[0], 5)))
     assert torch.equal(models["global"].params["head/bias"], memory["private"]["head/bias"])
     assert not torch.equal(models["personal"].params["head/bias"], memory["private"]["head/bias"])
+
+
+def test_a_missing_library_is_missed_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cma", None)
+    fake = Fake()
+    with pytest.raises(UserError, match=r"fedlora\[fdlora\]"):
+        fake.run(FDLoRA().client_init(local(CLIENTS[0], 0)))
+    assert not fake.log
 
 
 def test_mixed_ranks_are_refused() -> None:

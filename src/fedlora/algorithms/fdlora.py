@@ -86,6 +86,7 @@ class FDLoRA(Algorithm[State, Memory, Tree]):
     def client_init(self, local: Local) -> Work[tuple[Update, Memory]]:
         begun = start(local.spec, local.run_seed, self.extras)
         equal_ranks(begun, local.client, "fdlora")
+        library()  # needed at the end: better missed here
         train = trained(local.spec, self.extras, "A", "B")
         tuned = yield from self.training.fit(local, Model(begun), train, epochs=self.stage1_epochs, split="fit")
         memory = {"personal": tuned.params, "private": self.extras.staying(tuned.params), "rounds": 0}
@@ -183,12 +184,16 @@ def search_from(seed: int, population: int) -> Any:
 
     ``cma`` draws from NumPy's global stream unless told otherwise, and other clients' programs run between our yields.
     """
+    own = np.random.RandomState(seed % 2**32)
+    options = {"bounds": [-1.5, 1.5], "popsize": population, "verbose": -9, "seed": math.nan, "randn": own.randn}
+    return library().CMAEvolutionStrategy([0.5, 0.5], 0.4, options)
+
+
+def library() -> Any:
+    """The module ``cma``."""
     try:
-        cma: Any = importlib.import_module("cma")
+        return importlib.import_module("cma")
     except ImportError as error:
         raise UserError(
             "fdlora fuses adapters with cma, which is not installed", "pip install 'fedlora[fdlora]'"
         ) from error
-    own = np.random.RandomState(seed % 2**32)
-    options = {"bounds": [-1.5, 1.5], "popsize": population, "verbose": -9, "seed": math.nan, "randn": own.randn}
-    return cma.CMAEvolutionStrategy([0.5, 0.5], 0.4, options)
