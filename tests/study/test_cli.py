@@ -94,6 +94,10 @@ def test_evaluate_predict_export_and_personalize(done: Path, tmp_path: Path) -> 
     assert fedlora("predict", done, "--client", "St. New", "--text", "one pear").startswith(tuple(tiny.TOPICS))
     with pytest.raises(UserError, match="there already"):
         fedlora("personalize", done, "--data", other, "--client", "St. New")
+    other.write_text(json.dumps({"text": "one saw", "label": "tool"}) + "\n")
+    for words in (("evaluate",), ("personalize", "--client", "St. Odd")):
+        with pytest.raises(UserError, match=r"'tool' is unknown to the run \(nearest: 'tools'\); it knows 'animals'"):
+            fedlora(words[0], done, "--data", other, *words[1:])
 
 
 def test_resume_trains_for_longer_as_if_never_stopped(tmp_path: Path) -> None:
