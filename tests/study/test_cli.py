@@ -81,6 +81,8 @@ def test_evaluate_predict_export_and_personalize(done: Path, tmp_path: Path) -> 
     client = "St. A/ward 0"
     assert "accuracy" in fedlora("evaluate", done, "--data", other, "--client", client)
     assert fedlora("predict", done, "--client", client, "--text", "the old horse").startswith(tuple(tiny.TOPICS))
+    with pytest.raises(UserError, match="empty"):
+        fedlora("predict", done, "--client", client, "--text", " ")
     exported = tmp_path / "adapter"
     fedlora("export", done, "--client", client, "--to", exported)
     assert (exported / "adapter_model.safetensors").exists()
