@@ -36,12 +36,14 @@ class FDLoRA(Algorithm[State, Memory, Tree]):
                   Delta = mean_i (theta_s - theta_s(i));  v <- mu v + Delta;  theta_s <- theta_s - eta (Delta + mu v)
         stage 3   theta(w1, w2) = w1 theta_p + w2 theta_s per factor, minimising loss(few-shot) + lambda (|w1| + |w2|)
 
-    Means are unweighted. The few-shot set is all of "holdout", which no stage trains on: an eighth of the training data
-    unless a run brings its own. Below 4 examples it is the training data. The search is CMA-ES; (1, 0), (0, 1) and
+    Means are unweighted. Stage 1 takes ``stage1_epochs``, InnerOpt is ``[training]``, mu ``outer_momentum``, eta
+    ``outer_lr``, lambda ``penalty``. The few-shot set is all of "holdout", which no stage trains on: an eighth of the
+    training data unless a run brings its own. Below 4 examples it is the training data. The search is CMA-ES within
+    [-1.5, 1.5], ``generations`` of ``population`` candidates that are scored together (2 at least); (1, 0), (0, 1) and
     (1/2, 1/2) are always scored too, and the best scored point wins. There is a head per adapter, blended with |w1| /
     (|w1| + |w2|); the paper has none, so heads learn as fast as elsewhere here. ``sync_every`` is H, in rounds of the
     client's own (0 or None: never); the last round does not sync unless ``sync_last``. ``fusion = "product"`` puts both
-    adapters side by side instead (rank 2r). Equal ranks.
+    adapters side by side instead (rank 2r). Equal ranks. Deployed: "fused"; variants "personal", "global", "average".
 
     Travels: theta_p once as a difference from the seeded start, then theta_s and its shared extras, both ways. Stays:
     theta_p and its head, the weights, private extras. Paper: arXiv 2406.07925. Needs ``pip install 'fedlora[fdlora]'``.

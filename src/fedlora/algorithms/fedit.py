@@ -48,13 +48,15 @@ class FedIT(Algorithm[State, Tree, Tree]):
         server:    d = sum_i p_i (theta_i - theta),  theta <- theta + step(d)         p_i = n_i / sum n over the round
 
     The average of factors is not the average of products; ``merge = "svd"`` is exact instead (FlexLoRA),
-    ``merge = "bucket"`` puts everyone at ``bucket_rank``. ``server``: ``"avg"`` steps by d; ``"avgm"`` has momentum
-    (1909.06335), ``"adam"`` and ``"yogi"`` adapt per number (FedOpt, 2003.00295), all in float64; ``server_lr = None``
-    is 1 for the first two and 0.01 for the others. ``finetune_epochs`` more at home, at a constant rate, are variant
-    "finetuned". ``prior``: variant "prior" adds ``log(client class share) - log(mean share)`` to the global model's
-    logits, with ``prior_counts`` added to every class count so that no share is zero.
+    ``merge = "bucket"`` puts everyone at ``bucket_rank`` (None: a run's smallest client's). ``server``: ``"avg"`` steps
+    by d; ``"avgm"`` has momentum ``server_momentum`` (1909.06335), ``"adam"`` and ``"yogi"`` adapt per number with
+    ``server_betas`` and ``server_tau`` (FedOpt, 2003.00295), all in float64; ``server_lr = None`` is 1 for the first
+    two and 0.01 for the others. ``finetune_epochs`` more at home, at a constant rate, are variant "finetuned".
+    ``prior``: variant "prior" adds ``log(client class share) - log(mean share)`` to the global model's logits, with
+    ``prior_counts`` added to every class count so that no share is zero.
 
-    Travels: A, B, shared extras, both ways; with ``prior`` one number a class. Stays: private extras.
+    Travels: A, B, shared extras, both ways; with ``prior`` one number a class. Stays: private extras. Paper: arXiv
+    2305.05644.
 
     >>> import torch
     >>> spec = ModelSpec({"q": (3, 2)}, {"q": 1}, {}, (), width=3)
