@@ -137,6 +137,19 @@ def test_the_best_scored_point_wins_even_a_corner() -> None:
     assert all(torch.allclose(models["fused"].params[key], shared[key]) for key in shared)
 
 
+def test_a_loss_that_is_no_number_never_wins() -> None:
+    """A personal adapter that diverged in stage 1 is scored first, and nothing compares as less than nan."""
+    fdlora = FDLoRA(generations=2)
+    state, memories = introduced(fdlora)
+    personal, shared = memories["a"]["personal"], state["theta"]
+
+    def loss(model: Model, split: str) -> tuple[float, float]:
+        return (np.nan if abs(weights(model, personal, shared)[0]) > 0.1 else 10.0), 10.0
+
+    models = Fake(loss=loss).run(fdlora.personalize(shared, memories["a"], local(CLIENTS[0], 5)))
+    assert abs(weights(models["fused"], personal, shared)[0]) <= 0.1
+
+
 @pytest.mark.parametrize("tokens", [1, 50])
 @pytest.mark.parametrize(("held_out", "split"), [(0, "train"), (3, "train"), (4, "holdout")])
 def test_too_few_heldout_examples_fall_back_to_the_training_data(

@@ -158,8 +158,9 @@ class FDLoRA(Algorithm[State, Memory, Tree]):
         return min(costs, key=lambda p: costs[p])
 
     def costs(self, points: Sequence[Point], found: Sequence[Sums]) -> dict[Point, float]:
-        """loss + lambda (|w1| + |w2|) of every point."""
+        """loss + lambda (|w1| + |w2|) of every point; what is no number is worse than any."""
         losses = [total / count for total, count in (sums["loss"] for sums in found)]
+        losses = [math.inf if math.isnan(loss) else loss for loss in losses]
         return {p: loss + self.penalty * (abs(p[0]) + abs(p[1])) for p, loss in zip(points, losses)}
 
     def blend(self, personal: Tree, shared: Tree, point: Point) -> Model:
