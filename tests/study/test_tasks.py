@@ -92,6 +92,8 @@ def test_a_run_starts_from_an_exported_adapter(tmp_path: Path) -> None:
     assert begun.history[0]["global"] == pytest.approx(first["global"]["score"])
     with pytest.raises(UserError, match="does not begin with one given adapter"):
         run(file, tmp_path / "third", "adapter.from=adapter", "algorithm.name=flora")
+    with pytest.raises(UserError, match="set bucket_rank to 8 or more"):
+        run(file, tmp_path / "small", "adapter.from=adapter", "algorithm.merge=bucket", "algorithm.bucket_rank=2")
     with pytest.raises(UserError, match="rank 8"):
         run(file, tmp_path / "fourth", "adapter.from=adapter", "clients.ranks=[2, 8]", "algorithm.name=flexlora")
 

@@ -221,6 +221,12 @@ class Bucket(Average):
         if self.rank is None:
             raise Unsuitable("merge = 'bucket' needs the rank that every client can hold", "set bucket_rank to it")
         small = {site: min(self.rank, largest) for site, largest in spec.ranks.items()}
+        for site, rank in small.items():
+            if (given := len(spec.pretrained.get(f"{site}/A", ()))) > rank:
+                raise Unsuitable(
+                    f"the bucket has rank {rank} at {site!r}, and the adapter that the run starts from has {given}",
+                    f"set bucket_rank to {given} or more, or start from none",
+                )
         return spec.adapter(small, seed) | extras.travelling(spec.start(seed))
 
     def serve(self, state: State, client: Client) -> Tree:
