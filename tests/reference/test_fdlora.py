@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from fedlora.algorithms.fdlora import FDLoRA, search_from
+from fedlora.errors import UserError
 from fedlora.federation.orders import Fit, Model, Score
 from fedlora.federation.spec import Extras
 from reference.fake import SITES, SPEC, Fake, array, client, close, dense, local
@@ -135,6 +137,19 @@ def test_the_best_scored_point_wins_even_a_corner() -> None:
     assert all(torch.allclose(models["fused"].params[key], shared[key]) for key in shared)
 
 
+def test_a_loss_that_is_no_number_never_wins() -> None:
+    """A personal adapter that diverged in stage 1 is scored first, and nothing compares as less than nan."""
+    fdlora = FDLoRA(generations=2)
+    state, memories = introduced(fdlora)
+    personal, shared = memories["a"]["personal"], state["theta"]
+
+    def loss(model: Model, split: str) -> tuple[float, float]:
+        return (np.nan if abs(weights(model, personal, shared)[0]) > 0.1 else 10.0), 10.0
+
+    models = Fake(loss=loss).run(fdlora.personalize(shared, memories["a"], local(CLIENTS[0], 5)))
+    assert abs(weights(models["fused"], personal, shared)[0]) <= 0.1
+
+
 @pytest.mark.parametrize("tokens", [1, 50])
 @pytest.mark.parametrize(("held_out", "split"), [(0, "train"), (3, "train"), (4, "holdout")])
 def test_too_few_heldout_examples_fall_back_to_the_training_data(
@@ -190,6 +205,14 @@ def test_private_heads_stay_on_both_adapters() -> None:
     models = Fake(loss=lambda m, s: (1.0, 9.0)).run(fdlora.personalize(state["theta"], memory, local(CLIENTS[0], 5)))
     assert torch.equal(models["global"].params["head/bias"], memory["private"]["head/bias"])
     assert not torch.equal(models["personal"].params["head/bias"], memory["private"]["head/bias"])
+
+
+def test_a_missing_library_is_missed_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cma", None)
+    fake = Fake()
+    with pytest.raises(UserError, match=r"fedlora\[fdlora\]"):
+        fake.run(FDLoRA().client_init(local(CLIENTS[0], 0)))
+    assert not fake.log
 
 
 def test_mixed_ranks_are_refused() -> None:

@@ -82,6 +82,8 @@ def test_evaluate_predict_export_and_personalize(done: Path, tmp_path: Path) -> 
     client = "St. A/ward 0"
     assert "accuracy" in fedlora("evaluate", done, "--data", other, "--client", client)
     assert fedlora("predict", done, "--client", client, "--text", "the old horse").startswith(tuple(tiny.TOPICS))
+    with pytest.raises(UserError, match="empty"):
+        fedlora("predict", done, "--client", client, "--text", " ")
     exported = tmp_path / "adapter"
     fedlora("export", done, "--client", client, "--to", exported)
     assert (exported / "adapter_model.safetensors").exists()
@@ -95,6 +97,10 @@ def test_evaluate_predict_export_and_personalize(done: Path, tmp_path: Path) -> 
     assert fedlora("predict", done, "--client", "St. New", "--text", "one pear").startswith(tuple(tiny.TOPICS))
     with pytest.raises(UserError, match="there already"):
         fedlora("personalize", done, "--data", other, "--client", "St. New")
+    other.write_text(json.dumps({"text": "one saw", "label": "tool"}) + "\n")
+    for words in (("evaluate",), ("personalize", "--client", "St. Odd")):
+        with pytest.raises(UserError, match=r"'tool' is unknown to the run \(nearest: 'tools'\); it knows 'animals'"):
+            fedlora(words[0], done, "--data", other, *words[1:])
 
 
 def test_resume_trains_for_longer_as_if_never_stopped(tmp_path: Path) -> None:
@@ -119,6 +125,9 @@ def test_resume_trains_for_longer_as_if_never_stopped(tmp_path: Path) -> None:
         ("data.label=lable", "lable"),
         ("data.train=nothing.jsonl", "nothing.jsonl"),
         ("clients.ranks=heavy", "heavy-tail"),
+        ("clients.ranks=0", "'clients.ranks' = 0: give a whole number from 1"),
+        ("clients.ranks=[]", r"'clients.ranks' = \[\]: give"),
+        ("clients.ranks=[2.5]", r"'clients.ranks' = \[2.5\]: give"),
         ("training.rounds", "section.key=value"),
     ],
 )
@@ -127,6 +136,24 @@ def test_mistakes_are_named(tmp_path: Path, change: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         fedlora("run", file, "--set", change, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("flexlora", "adapter.targets=[]", "no layer is adapted"),
+        ("fdlora", "adapter.targets=[]", "no layer is adapted"),
+        ("flora", "adapter.targets=[]", "no layer is adapted"),
+        ("ce-lora", "adapter.targets=[]", "no layer is adapted"),
+        ("flexlora", "adapter.extras.backbone=share", "backbone is 'share'"),
+        ("flora", "adapter.extras.backbone=private", "backbone is 'private'"),
+        ("fedex-lora", "adapter.extras.backbone=share", "backbone is 'share'"),
+    ],
+)
+def test_what_an_algorithm_cannot_train_is_named(tmp_path: Path, name: str, change: str, said: str) -> None:
+    file = tiny.run_file(tmp_path, algorithm=f'name = "{name}"\n', training="rounds = 1\n")
+    with pytest.raises(UserError, match=said):
+        fedlora("run", file, "--set", change, "--out", tmp_path / "run")
 
 
 def test_an_algorithm_of_ones_own(tmp_path: Path) -> None:
@@ -220,6 +247,30 @@ def test_names_are_no_paths_and_paths_keep_their_split(tmp_path: Path) -> None:
         "data": {"train": [f"{file}:train", file], "test": "hub/name:test"},
         "adapter": {"from": str(tmp_path / "other")},
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("fdlora", "population", 1),  # no evolution strategy has one candidate
+        ("fdlora", "sync_every", -1),  # once meant every round
+        ("fdlora", "stage1_epochs", -1),
+        ("fdlora", "outer_lr", math.nan),
+        ("fdlora", "outer_momentum", 1.0),
+        ("fedit", "bucket_rank", 0),
+        ("fedit", "server_betas", [0.9, 1.0]),
+        ("flexlora", "finetune_epochs", -1),
+        ("slora", "density", -0.1),
+        ("slora", "sparse_rounds", -1),
+    ],
+)
+def test_hyper_parameters_are_held_to_their_ranges(name: str, key: str, value: object) -> None:
+    from fedlora.study.algorithm import build
+    from fedlora.study.config import parse
+
+    said = {"model": {"name": "minilm", "task": "text-classification"}, "data": {"train": "mine.jsonl"}}
+    with pytest.raises(UserError, match=rf"^\[algorithm\] {key} = .*: Input should be (greater|less) than"):
+        build(parse({**said, "algorithm": {"name": name, key: value}}, "here"))
 
 
 def test_none_is_written_and_read_back(tmp_path: Path) -> None:

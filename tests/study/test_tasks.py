@@ -15,7 +15,10 @@ import transformers
 import fedlora
 from fedlora.errors import UserError
 from fedlora.learning.backbone import load_backbone
+from fedlora.study import export
+from fedlora.study.after import evaluate
 from fedlora.study.config import load
+from fedlora.study.predict import predict
 from fedlora.study.tasks import max_length
 from study import tiny
 
@@ -91,6 +94,8 @@ def test_a_run_starts_from_an_exported_adapter(tmp_path: Path) -> None:
     assert begun.history[0]["global"] == pytest.approx(first["global"]["score"])
     with pytest.raises(UserError, match="does not begin with one given adapter"):
         run(file, tmp_path / "third", "adapter.from=adapter", "algorithm.name=flora")
+    with pytest.raises(UserError, match="set bucket_rank to 8 or more"):
+        run(file, tmp_path / "small", "adapter.from=adapter", "algorithm.merge=bucket", "algorithm.bucket_rank=2")
     with pytest.raises(UserError, match="rank 8"):
         run(file, tmp_path / "fourth", "adapter.from=adapter", "clients.ranks=[2, 8]", "algorithm.name=flexlora")
 
@@ -105,6 +110,19 @@ def test_dirichlet_clients_with_label_spaces_of_their_own(tmp_path: Path) -> Non
     assert load(tmp_path / "run" / "config.toml").adapter.extras.head == "private"  # nothing else was said
     assert summary["global"] is None  # private heads: no single model
     assert summary["personal"]["mean"] > 0.5
+    about = export.load(export.deployed(tmp_path / "run", "0"))[1]
+    rows = [json.loads(line) for line in (tmp_path / "mine.jsonl").read_text().splitlines()]
+    for label in tiny.TOPICS:  # scored as it predicts, whatever labels the file happens to hold
+        other = tmp_path / f"{label}.jsonl"
+        asked = [row for row in rows if row["label"] == label]
+        other.write_text("".join(json.dumps(row) + "\n" for row in asked))
+        if label in about.own_labels:
+            answers = predict(tmp_path / "run", [row["text"] for row in asked], client="0")
+            hits = sum(answer.label == label for answer in answers)
+            assert evaluate(tmp_path / "run", other, client="0")["accuracy"] == pytest.approx(hits / len(asked))
+        else:
+            with pytest.raises(UserError, match=f"'{label}' is none of client '0'"):
+                evaluate(tmp_path / "run", other, client="0")
     said = run(file, tmp_path / "said", "training.rounds=1", 'adapter.extras.head="share"')
     assert said["global"] is not None
 

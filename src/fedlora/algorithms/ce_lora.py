@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters.algebra import add, difference, linalg, mixture, part, ranks, shapes, whole
-from fedlora.algorithms.merging import Unsuitable, equal_ranks, trained
+from fedlora.algorithms.merging import adapted, equal_ranks, trained
 from fedlora.algorithms.similarity import (
     MEASURES,
     STATISTICS,
@@ -103,11 +103,8 @@ class CELoRA(Algorithm[State, Mapping[str, Any], Mapping[str, Any]]):
         return tree
 
     def server_init(self, spec: ModelSpec, seed: int) -> State:
+        adapted(spec)
         begun = self.begun(spec, seed)
-        if not ranks(begun):
-            raise Unsuitable(
-                "ce-lora mixes the cores of adapted layers, and no layer is adapted", "name [adapter] targets"
-            )
         if (
             (self.similarity, self.mixing) == ("cka", "similarity")
             and self.blend < 1

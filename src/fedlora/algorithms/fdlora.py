@@ -7,16 +7,17 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from fedlora.adapters.algebra import adapter, add, cast, difference, shapes, whole, zeros
 from fedlora.algorithms.merging import equal_ranks, start, trained
 from fedlora.errors import UserError
 from fedlora.federation.aggregate import Mean
-from fedlora.federation.algorithm import Algorithm, Kind, Update
+from fedlora.federation.algorithm import Algorithm, Count, Decay, Kind, NotNegative, Update
 from fedlora.federation.orders import Model, Optimizer, Score, Split, Training, Work, scores
 from fedlora.federation.spec import Client, Extras, Local, ModelSpec, Shape, Sums, Tree
 
@@ -35,12 +36,14 @@ class FDLoRA(Algorithm[State, Memory, Tree]):
                   Delta = mean_i (theta_s - theta_s(i));  v <- mu v + Delta;  theta_s <- theta_s - eta (Delta + mu v)
         stage 3   theta(w1, w2) = w1 theta_p + w2 theta_s per factor, minimising loss(few-shot) + lambda (|w1| + |w2|)
 
-    Means are unweighted. The few-shot set is all of "holdout", which no stage trains on: an eighth of the training data
-    unless a run brings its own. Below 4 examples it is the training data. The search is CMA-ES; (1, 0), (0, 1) and
+    Means are unweighted. Stage 1 takes ``stage1_epochs``, InnerOpt is ``[training]``, mu ``outer_momentum``, eta
+    ``outer_lr``, lambda ``penalty``. The few-shot set is all of "holdout", which no stage trains on: an eighth of the
+    training data unless a run brings its own. Below 4 examples it is the training data. The search is CMA-ES within
+    [-1.5, 1.5], ``generations`` of ``population`` candidates that are scored together (2 at least); (1, 0), (0, 1) and
     (1/2, 1/2) are always scored too, and the best scored point wins. There is a head per adapter, blended with |w1| /
     (|w1| + |w2|); the paper has none, so heads learn as fast as elsewhere here. ``sync_every`` is H, in rounds of the
     client's own (0 or None: never); the last round does not sync unless ``sync_last``. ``fusion = "product"`` puts both
-    adapters side by side instead (rank 2r). Equal ranks.
+    adapters side by side instead (rank 2r). Equal ranks. Deployed: "fused"; variants "personal", "global", "average".
 
     Travels: theta_p once as a difference from the seeded start, then theta_s and its shared extras, both ways. Stays:
     theta_p and its head, the weights, private extras. Paper: arXiv 2406.07925. Needs ``pip install 'fedlora[fdlora]'``.
@@ -60,15 +63,15 @@ class FDLoRA(Algorithm[State, Memory, Tree]):
         default_factory=lambda: Training(epochs=3, optimizer=Optimizer("adamw", 2e-4, lrs=(("head", 2e-2),)))
     )
     extras: Extras = field(default_factory=Extras)
-    stage1_epochs: int = 3
-    outer_lr: float = 1.0
-    outer_momentum: float = 0.5
-    sync_every: int | None = 10
+    stage1_epochs: Count = 3
+    outer_lr: NotNegative = 1.0
+    outer_momentum: Decay = 0.5
+    sync_every: Count | None = 10
     sync_last: bool = False
     fusion: Literal["factors", "product"] = "factors"
-    penalty: float = 0.05
-    generations: int = 6
-    population: int = 6
+    penalty: NotNegative = 0.05
+    generations: Count = 6
+    population: Annotated[int, Field(ge=2)] = 6
 
     @property
     def aggregator(self) -> Mean:
@@ -85,6 +88,7 @@ class FDLoRA(Algorithm[State, Memory, Tree]):
     def client_init(self, local: Local) -> Work[tuple[Update, Memory]]:
         begun = start(local.spec, local.run_seed, self.extras)
         equal_ranks(begun, local.client, "fdlora")
+        library()  # needed at the end: better missed here
         train = trained(local.spec, self.extras, "A", "B")
         tuned = yield from self.training.fit(local, Model(begun), train, epochs=self.stage1_epochs, split="fit")
         memory = {"personal": tuned.params, "private": self.extras.staying(tuned.params), "rounds": 0}
@@ -154,8 +158,9 @@ class FDLoRA(Algorithm[State, Memory, Tree]):
         return min(costs, key=lambda p: costs[p])
 
     def costs(self, points: Sequence[Point], found: Sequence[Sums]) -> dict[Point, float]:
-        """loss + lambda (|w1| + |w2|) of every point."""
+        """loss + lambda (|w1| + |w2|) of every point; what is no number is worse than any."""
         losses = [total / count for total, count in (sums["loss"] for sums in found)]
+        losses = [math.inf if math.isnan(loss) else loss for loss in losses]
         return {p: loss + self.penalty * (abs(p[0]) + abs(p[1])) for p, loss in zip(points, losses)}
 
     def blend(self, personal: Tree, shared: Tree, point: Point) -> Model:
@@ -182,12 +187,16 @@ def search_from(seed: int, population: int) -> Any:
 
     ``cma`` draws from NumPy's global stream unless told otherwise, and other clients' programs run between our yields.
     """
+    own = np.random.RandomState(seed % 2**32)
+    options = {"bounds": [-1.5, 1.5], "popsize": population, "verbose": -9, "seed": math.nan, "randn": own.randn}
+    return library().CMAEvolutionStrategy([0.5, 0.5], 0.4, options)
+
+
+def library() -> Any:
+    """The module ``cma``."""
     try:
-        cma: Any = importlib.import_module("cma")
+        return importlib.import_module("cma")
     except ImportError as error:
         raise UserError(
             "fdlora fuses adapters with cma, which is not installed", "pip install 'fedlora[fdlora]'"
         ) from error
-    own = np.random.RandomState(seed % 2**32)
-    options = {"bounds": [-1.5, 1.5], "popsize": population, "verbose": -9, "seed": math.nan, "randn": own.randn}
-    return cma.CMAEvolutionStrategy([0.5, 0.5], 0.4, options)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedlora.adapters.algebra import add, cast, difference, frobenius, product, shapes
 from fedlora.adapters.lowrank import DEAD, svd
-from fedlora.algorithms.merging import Spread, equal_ranks, received, residual, sent, start, trained
+from fedlora.algorithms.merging import Spread, equal_ranks, kept_base, received, residual, sent, start, trained
 from fedlora.federation.algorithm import Algorithm, Kind, Update
 from fedlora.federation.orders import Model, Training, Work
 from fedlora.federation.spec import Client, Extras, Local, ModelSpec, Shape, Tree
@@ -51,6 +51,7 @@ class FedExLoRA(Algorithm[State, Tree, Mapping[str, Tree]]):
         return Spread()
 
     def server_init(self, spec: ModelSpec, seed: int) -> State:
+        kept_base(self.extras, "fedex-lora")
         return {"tree": start(spec, seed, self.extras), "merges": {}}
 
     def broadcast(self, state: State, client: Client, round: int) -> Tree:

@@ -21,7 +21,17 @@ from fedlora.algorithms.merging import (
     trained,
     yogi,
 )
-from fedlora.federation.algorithm import Aggregator, Algorithm, Kind, Update
+from fedlora.federation.algorithm import (
+    Aggregator,
+    Algorithm,
+    Count,
+    Decay,
+    Kind,
+    NotNegative,
+    Positive,
+    Update,
+    Whole,
+)
 from fedlora.federation.orders import Model, Outputs, Proximal, Training, Work
 from fedlora.federation.spec import Client, Extras, Local, ModelSpec, Shape, Tree
 
@@ -38,13 +48,15 @@ class FedIT(Algorithm[State, Tree, Tree]):
         server:    d = sum_i p_i (theta_i - theta),  theta <- theta + step(d)         p_i = n_i / sum n over the round
 
     The average of factors is not the average of products; ``merge = "svd"`` is exact instead (FlexLoRA),
-    ``merge = "bucket"`` puts everyone at ``bucket_rank``. ``server``: ``"avg"`` steps by d; ``"avgm"`` has momentum
-    (1909.06335), ``"adam"`` and ``"yogi"`` adapt per number (FedOpt, 2003.00295), all in float64; ``server_lr = None``
-    is 1 for the first two and 0.01 for the others. ``finetune_epochs`` more at home, at a constant rate, are variant
-    "finetuned". ``prior``: variant "prior" adds ``log(client class share) - log(mean share)`` to the global model's
-    logits, with ``prior_counts`` added to every class count so that no share is zero.
+    ``merge = "bucket"`` puts everyone at ``bucket_rank`` (None: a run's smallest client's). ``server``: ``"avg"`` steps
+    by d; ``"avgm"`` has momentum ``server_momentum`` (1909.06335), ``"adam"`` and ``"yogi"`` adapt per number with
+    ``server_betas`` and ``server_tau`` (FedOpt, 2003.00295), all in float64; ``server_lr = None`` is 1 for the first
+    two and 0.01 for the others. ``finetune_epochs`` more at home, at a constant rate, are variant "finetuned".
+    ``prior``: variant "prior" adds ``log(client class share) - log(mean share)`` to the global model's logits, with
+    ``prior_counts`` added to every class count so that no share is zero.
 
-    Travels: A, B, shared extras, both ways; with ``prior`` one number a class. Stays: private extras.
+    Travels: A, B, shared extras, both ways; with ``prior`` one number a class. Stays: private extras. Paper: arXiv
+    2305.05644.
 
     >>> import torch
     >>> spec = ModelSpec({"q": (3, 2)}, {"q": 1}, {}, (), width=3)
@@ -57,17 +69,17 @@ class FedIT(Algorithm[State, Tree, Tree]):
 
     training: Training = field(default_factory=Training)
     extras: Extras = field(default_factory=Extras)
-    proximal: float = 0.0
+    proximal: NotNegative = 0.0
     merge: Literal["average", "svd", "bucket"] = "average"
-    bucket_rank: int | None = None
+    bucket_rank: Whole | None = None
     server: Literal["avg", "avgm", "adam", "yogi"] = "avg"
-    server_lr: float | None = None
-    server_momentum: float = 0.9
-    server_betas: tuple[float, float] = (0.9, 0.99)
-    server_tau: float = 1e-3
-    finetune_epochs: int = 0
+    server_lr: Positive | None = None
+    server_momentum: Decay = 0.9
+    server_betas: tuple[Decay, Decay] = (0.9, 0.99)
+    server_tau: Positive = 1e-3
+    finetune_epochs: Count = 0
     prior: bool = False
-    prior_counts: float = 0.5
+    prior_counts: Positive = 0.5
 
     @property
     def merging(self) -> Merging:

@@ -9,7 +9,7 @@ from typing import Any
 from fedlora.adapters.algebra import shapes
 from fedlora.algorithms.merging import Svd, trained
 from fedlora.federation.aggregate import Products
-from fedlora.federation.algorithm import Algorithm, Kind, Update
+from fedlora.federation.algorithm import Algorithm, Count, Kind, Update
 from fedlora.federation.orders import Model, Training, Work
 from fedlora.federation.spec import Client, Extras, Local, ModelSpec, Shape, Tree
 
@@ -29,8 +29,13 @@ class FlexLoRA(Algorithm[State, Tree, Tree]):
     "truncated" what a client holds of it; ``measures`` has the share of |dW| that the largest rank loses, per site.
     ``finetune_epochs`` more at home, at a constant rate, are variant "finetuned".
 
+    The paper's resource types are rank 8 everywhere, 30 everywhere, 30 in attention and 200 elsewhere, 200 everywhere;
+    its distributions over them are ``[clients] ranks = "uniform"``, "normal", "heavy-tail-light", "heavy-tail-strong",
+    and with the shares of its code, "heavy-tail-light-released" and "heavy-tail-strong-released". With "-small" at the
+    end the types are ranks 2, 4, 8 and 16.
+
     Travels: up, the client's A and B; down, its slice; shared extras both ways. Stays: private extras. Paper: arXiv
-    2402.11505; its resource types and distributions are ``[clients] ranks = "uniform"``, "heavy-tail-light" and so on.
+    2402.11505.
 
     >>> import torch
     >>> spec = ModelSpec({"q": (3, 2)}, {"q": 2}, {}, (), width=3, alpha=2.0)
@@ -46,7 +51,7 @@ class FlexLoRA(Algorithm[State, Tree, Tree]):
 
     training: Training = field(default_factory=lambda: Training(epochs=1))
     extras: Extras = field(default_factory=Extras)
-    finetune_epochs: int = 0
+    finetune_epochs: Count = 0
 
     @property
     def aggregator(self) -> Products:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedlora.adapters.algebra import adapter, add, cast, difference, shapes, whole
-from fedlora.algorithms.merging import received, sent, trained
+from fedlora.algorithms.merging import adapted, kept_base, received, sent, trained
 from fedlora.federation.aggregate import Products
 from fedlora.federation.algorithm import Algorithm, Kind, Update
 from fedlora.federation.orders import Model, Training, Work
@@ -49,6 +49,8 @@ class FLoRA(Algorithm[State, Tree, Tree]):
         return Products()
 
     def server_init(self, spec: ModelSpec, seed: int) -> State:
+        adapted(spec)
+        kept_base(self.extras, "flora")
         return {
             "merges": {},
             "whole": self.extras.travelling(spec.start(seed)),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters.algebra import (
+    FACTORS,
     adapter,
     add,
     cast,
@@ -69,6 +70,25 @@ def private_head(spec: ModelSpec, extras: Extras, name: str) -> None:
         )
 
 
+def kept_base(extras: Extras, name: str, at_home: bool = False) -> None:
+    """Refuses to train the base itself where a model is a change of it, which is not put on other weights; ``at_home``:
+    clients' own models are none, so that theirs may train."""
+    if extras.backbone == "share" or (extras.backbone == "private" and not at_home):
+        raise Unsuitable(
+            f"{name} changes the weights that all share, and [adapter.extras] backbone is {extras.backbone!r}",
+            'leave it "frozen", or use fedit, which averages adapters and base',
+        )
+
+
+def adapted(spec: ModelSpec) -> None:
+    """Refuses a model without a layer to adapt."""
+    if not spec.sites:
+        raise Unsuitable(
+            "this algorithm trains adapters, and no layer is adapted: [adapter] targets is []",
+            "leave targets out, or train heads alone with head-only",
+        )
+
+
 def start(spec: ModelSpec, seed: int, extras: Extras) -> dict[str, Tensor]:
     """What a server of averages starts from: the adapter at the largest ranks and the whole parameters that travel."""
     return spec.adapter(spec.ranks, seed) | extras.travelling(spec.start(seed))
@@ -81,6 +101,8 @@ def trained(spec: ModelSpec, extras: Extras, *factors: str) -> tuple[str, ...]:
     >>> trained(spec, Extras(head="private", norm="share"), "A", "B")
     ('A', 'B', 'head')
     """
+    if set(factors) & set(FACTORS):
+        adapted(spec)
     present = {name.split("/", 1)[0] for name in spec.whole}
     return (*factors, *(kind for kind in extras.trained if kind in present))
 
@@ -199,6 +221,12 @@ class Bucket(Average):
         if self.rank is None:
             raise Unsuitable("merge = 'bucket' needs the rank that every client can hold", "set bucket_rank to it")
         small = {site: min(self.rank, largest) for site, largest in spec.ranks.items()}
+        for site, rank in small.items():
+            if (given := len(spec.pretrained.get(f"{site}/A", ()))) > rank:
+                raise Unsuitable(
+                    f"the bucket has rank {rank} at {site!r}, and the adapter that the run starts from has {given}",
+                    f"set bucket_rank to {given} or more, or start from none",
+                )
         return spec.adapter(small, seed) | extras.travelling(spec.start(seed))
 
     def serve(self, state: State, client: Client) -> Tree:
@@ -232,6 +260,7 @@ class Svd:
         return Products(wide=False)  # float32 sums leave 4e-7; what is served may be off by 1e-5
 
     def init(self, spec: ModelSpec, seed: int, extras: Extras) -> State:
+        kept_base(extras, "merging by SVD", at_home=True)
         first = spec.adapter(spec.ranks, seed)
         return {
             "seed": seed,

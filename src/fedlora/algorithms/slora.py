@@ -13,7 +13,7 @@ from torch import Tensor
 from fedlora.adapters.algebra import adapter, add, cast, difference, ranks, shapes, sites, whole
 from fedlora.adapters.lowrank import truncate
 from fedlora.algorithms.merging import Average, Bucket, Merging, Svd, trained
-from fedlora.federation.algorithm import Aggregator, Algorithm, Kind, Update
+from fedlora.federation.algorithm import Aggregator, Algorithm, Count, Fraction, Kind, Update, Whole
 from fedlora.federation.orders import Model, Training, Work
 from fedlora.federation.spec import Client, Extras, Local, ModelSpec, Shape, Tree, derive, stream
 
@@ -50,10 +50,10 @@ class SLoRA(Algorithm[State, Tree, Tree]):
 
     training: Training = field(default_factory=Training)
     extras: Extras = field(default_factory=Extras)
-    sparse_rounds: int = 5
-    density: float = 0.01
+    sparse_rounds: Count = 5
+    density: Fraction = 0.01
     merge: Literal["average", "svd", "bucket"] = "average"
-    bucket_rank: int | None = None
+    bucket_rank: Whole | None = None
 
     @property
     def merging(self) -> Merging:

@@ -299,6 +299,12 @@ def _label_space(
     for row in np.flatnonzero(untaught).tolist():
         label, owner = names[code[row]], rows.ids[rows.client[row]]
         who = f"of client {owner!r}, which never trains, " if unseen[row] else ""
+        if settings.labels and not trained:  # none of these clients trains: the run has, and knows its labels
+            raise UserError(
+                f"{_place(rows.read, row)}: label {label!r} is unknown to the run"
+                f"{nearest(label, settings.labels)}; it knows {listed(settings.labels)}",
+                "correct the label or remove the row",
+            )
         raise UserError(
             f"{_place(rows.read, row)}: label {label!r} {who}is in no training example"
             f"{nearest(label, trained)}; training labels: {listed(trained)}",

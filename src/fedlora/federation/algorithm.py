@@ -29,6 +29,9 @@ Whole = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running mean: what it forgets must be something
+Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass(frozen=True, eq=False)

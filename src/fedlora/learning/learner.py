@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -158,6 +158,10 @@ class Learner:
             mask[torch.from_numpy(store.labels[np.concatenate(rows)])] = True
             self._masks[client] = mask
         return self._masks[client]
+
+    def knows(self, client: str, labels: Collection[str]) -> None:
+        """States the labels of a client whose rows do not tell: a model's own, say, that is scored on other data."""
+        self._masks[client] = torch.tensor([label in labels for label in self.spec.labels])
 
     # -- preparation
 

@@ -32,13 +32,20 @@ def evaluate(
 ) -> dict[str, float]:
     """The scores of a run's global model (or of one client's deployed model) on a file with the run's columns.
 
-    Raises UserError where there is no such model, or where the file holds labels that the run does not know.
+    Raises UserError where there is no such model, or where the file holds labels that the run (where label spaces are
+    own: the client) does not know.
     """
     place, config, saved = _finished(run)
-    found, _ = export.load(export.deployed(place, client), models)
+    found, about = export.load(export.deployed(place, client), models)
     table = examples(str(data), config.data, config.model.task)
+    if foreign := set(table["label"]) - set(about.own_labels) if about.own_labels else ():
+        raise UserError(
+            f"{data}: label {min(foreign)!r} is none of client {client!r}'s own ({', '.join(about.own_labels)})",
+            'leave its rows out: where [data] label_space is "client", a client\'s model knows no other labels',
+        )
     table = table.add_column("split", ["test"] * len(table))  # type: ignore[arg-type]
     experiment = _alone(config, place, "data", table, saved["ranks"], model, models)
+    experiment.learner.knows("data", about.own_labels or about.labels)
     return _scores(experiment, found, "data")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedlora.algorithms import ALGORITHMS
 from fedlora.data.keys import meant
@@ -79,6 +79,16 @@ class ClientSettings(Section):
 
     ranks: int | list[int] | str | None = None
     models: list[str] | None = Field(None, min_length=1)
+
+    @field_validator("ranks", mode="before")
+    @classmethod
+    def _held(cls, value: Any) -> Any:  # 0 and [] are mistakes, not "unset"
+        if value is None or isinstance(value, str):
+            return value
+        ranks = value if isinstance(value, list | tuple) else [value]
+        if not ranks or any(isinstance(rank, bool) or not isinstance(rank, int) or rank < 1 for rank in ranks):
+            raise ValueError("give a whole number from 1, a list of such numbers, or a distribution's name")
+        return value
 
     @model_validator(mode="after")
     def _not_base(self) -> ClientSettings:

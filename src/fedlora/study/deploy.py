@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
+
+import numpy as np
 
 from fedlora.adapters.algebra import sites
 from fedlora.federation.algorithm import Request
@@ -19,7 +20,6 @@ from fedlora.study.config import RunConfig
 from fedlora.study.experiment import EVERYONE, Experiment
 from fedlora.study.host import Host, Writes
 
-NOTHING: Mapping[str, int] = MappingProxyType({})
 MOST = 100
 """Clients' adapters that are written where the run file does not say."""
 
@@ -87,8 +87,9 @@ def _whole(model: Model) -> bool:
 
 def write_own(experiment: Experiment, folder: Any, model: Model, client: str, score: float | None) -> None:
     """One client's deployed model as a folder."""
-    own = experiment.config.data.label_space == "client"
-    write(experiment, folder, model, client, score, experiment.learner.facts(client)[1] if own else NOTHING)
+    mask = experiment.learner.label_mask(client)  # the labels that its scores know, and no others, are predicted
+    own = () if mask is None else tuple(np.asarray(experiment.labels)[mask.numpy()].tolist())
+    write(experiment, folder, model, client, score, own)
 
 
 def write(
@@ -97,9 +98,9 @@ def write(
     model: Model,
     client: str | None,
     score: float | None,
-    counts: Mapping[str, int] = NOTHING,
+    own_labels: tuple[str, ...] = (),
 ) -> None:
-    """One deployed model as a folder. ``counts``: the client's examples by label, where label spaces are own."""
+    """One deployed model as a folder. ``own_labels``: the client's, where label spaces are own."""
     backbone = experiment.backbones[model.backbone]
     own_model = model.backbone != "base" or _whole(model)
     about = export.About(
@@ -109,7 +110,7 @@ def write(
         client,
         {} if score is None else {experiment.metric.name: score},
         () if own_model else export.recipe(backbone),
-        tuple(label for label, count in counts.items() if count),
+        own_labels,
     )
     start = export.heads(experiment.spec, experiment.config.seed)
     export.save(folder, model, export.base_of(backbone), about, start, backbone if own_model else None)

@@ -60,7 +60,7 @@ def predict(
 
     ``texts``: texts to classify, image files to classify, or prompts, which are answered greedily in at most
     ``max_new_tokens``. ``models``: the modules of a run that was given any. Raises UserError where there is no such
-    model.
+    model, and for a text to classify that is empty.
     """
     model, about, own = opened(deployed(folder, client), models)
     config, backbone = config_of(about), own.to(device=device) if own else rebuilt(about, device)
@@ -110,6 +110,8 @@ def _inputs(config: RunConfig, backbone: Backbone, about: About, items: Sequence
         task = ImageClassification(about.labels)
         table = datasets.Dataset.from_dict({"image": list(items), **columns}).cast_column("image", datasets.Image())
     else:
+        if not all(item.strip() for item in items):
+            raise UserError("a text to classify is empty", 'give some: --text "..."')
         task = TextClassification(about.labels, max_length=max_length(config, backbone))
         table = datasets.Dataset.from_dict({"text": list(items), **columns})
     examples = task.encode(table, backbone.processor)
