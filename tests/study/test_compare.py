@@ -119,6 +119,7 @@ def test_mistakes_are_found_before_anything_runs(tmp_path: Path) -> None:
         ("seeds = [0, 1]", "seedz = [0]", "seedz"),
         ("my.toml", "your.toml", "your.toml"),
         ("seeds = [0, 1]", "seeds = [0, 1, 0]", "seeds names 0 twice"),
+        ('"algorithm" =', 'seed = [3, 4]\n"algorithm" =', "one of the cells sets seed"),
         ("[0.001, 0.02]", "[0.001, 0.001]", r"settings of \[tune\] are called 'lr=0.001'"),
         (
             '"training.lr"',

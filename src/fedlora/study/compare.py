@@ -106,21 +106,7 @@ def load_study(path: str | Path, changes: Sequence[str] = ()) -> Study:
         *(_written(cell, f"{file}: [[cells]]") for cell in settings.cells),
     )
     tuned = combinations(settings.tune, f"{file}: [tune]")
-    for kind, made in (("cells", cells), ("settings of [tune]", tuned)):
-        slugs = [cell.slug for cell in made]
-        if twice := [cell for cell in made if slugs.count(cell.slug) > 1]:
-            raise UserError(
-                f"{file}: two {kind} are called {twice[0].name!r}, or share the folder {twice[0].slug!r}",
-                "leave one out, or give it another name",
-            )
-    if again := [seed for seed in settings.seeds if settings.seeds.count(seed) > 1]:
-        raise UserError(f"{file}: seeds names {again[0]} twice", "one seed is one run")
-    for cell, key in itertools.product(cells, tuned[0].changes):
-        if (own := _sets(cell.changes, key)) is not None:
-            raise UserError(
-                f"{file}: cell {cell.name!r} sets {own}, and [tune] {key} would replace it",
-                f"leave {key} out of [tune], or {own} out of the cells",
-            )
+    _require_sound(settings, cells, tuned, file)
     study = Study(base, file.parent, tuple(settings.seeds), cells, tuned, settings.target, settings.keep)
     for cell, setting in itertools.product(cells, tuned):
         config = study.config(cell, setting, study.seeds[0])
@@ -131,6 +117,27 @@ def load_study(path: str | Path, changes: Sequence[str] = ()) -> Study:
                 "leave validate out (a study keeps these rows apart by itself), or leave out [tune]",
             )
     return study
+
+
+def _require_sound(settings: StudySettings, cells: Sequence[Cell], tuned: Sequence[Cell], file: Path) -> None:
+    """Every run has a name, a folder and a seed of its own, and no key is set twice."""
+    for kind, made in (("cells", cells), ("settings of [tune]", tuned)):
+        slugs = [cell.slug for cell in made]
+        if twice := [cell for cell in made if slugs.count(cell.slug) > 1]:
+            raise UserError(
+                f"{file}: two {kind} are called {twice[0].name!r}, or share the folder {twice[0].slug!r}",
+                "leave one out, or give it another name",
+            )
+        if any("seed" in cell.changes for cell in made):
+            raise UserError(f"{file}: one of the {kind} sets seed", "name all seeds in seeds = [...]")
+    if again := [seed for seed in settings.seeds if settings.seeds.count(seed) > 1]:
+        raise UserError(f"{file}: seeds names {again[0]} twice", "one seed is one run")
+    for cell, key in itertools.product(cells, tuned[0].changes):
+        if (own := _sets(cell.changes, key)) is not None:
+            raise UserError(
+                f"{file}: cell {cell.name!r} sets {own}, and [tune] {key} would replace it",
+                f"leave {key} out of [tune], or {own} out of the cells",
+            )
 
 
 def _sets(changes: Changes, key: str) -> str | None:

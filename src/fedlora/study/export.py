@@ -280,7 +280,8 @@ def deployed(folder: str | Path, client: str | None = None) -> Path:
     if client not in written:
         raise UserError(
             f"{path}: no adapter of client {client!r} ({meant(client, written) if written else 'none were written'})",
-            'clients beyond [output] client_adapters are not written: set it to "all" and run `fedlora resume`',
+            'clients beyond [output] client_adapters are not written: set it to "all" and run `fedlora resume`; '
+            "one that never trained gets its own by `fedlora personalize`",
         )
     return written[client]
 
