@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub
 from benchmarks import (
     aggregation,
     breakdown,
+    checkpointing,
     clients,
     codec,
     communication,
@@ -37,6 +38,7 @@ BENCHMARKS: dict[str, Callable[[bool], Report]] = {
     "lanes": lanes.run,
     "breakdown": breakdown.run,
     "prefix": prefix.run,
+    "checkpointing": checkpointing.run,
     "flower": flower.run,
     "peers": compare.shapes,
     "peers-many": compare.many,
