@@ -37,6 +37,14 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_a_table_says_that_nobody_has_trained(tmp_path: Path) -> None:
+    partition = 'partition = {by = "column", column = "hospital"}\n'
+    file = tiny.run_file(tmp_path, training="rounds = 2\nlr = 1e30\n", data=partition)
+    said = fedlora("run", file, "--out", tmp_path / "run")
+    assert "12 of 12 replies were lost or refused: run.log says whose and why" in said
+    assert (tmp_path / "run" / "run.log").read_text().count("Diverged") == 12
+
+
 def test_a_run_folder_holds_what_it_says(done: Path) -> None:
     summary = json.loads((done / "summary.json").read_text())
     assert summary["algorithm"] == "fedit"

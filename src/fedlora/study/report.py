@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -48,7 +48,14 @@ def table(result: Result) -> Group:
         f"sent up {megabytes(sent['up'])}, down {megabytes(sent['down'])}"
         + (f", introductions {megabytes(setup)}" if setup else "")
     )
-    return Group(rows, *_prior(summary), Text(facts), Text(f"wrote {result.folder}"))
+    return Group(rows, *_prior(summary), *_missing(result.history), Text(facts), Text(f"wrote {result.folder}"))
+
+
+def _missing(history: Sequence[Mapping[str, Any]]) -> list[Text]:
+    """How many replies no round could use: a table alone would not show that nobody has trained."""
+    lost = sum(len(line["lost"]) + len(line["rejected"]) for line in history)
+    asked = lost + sum(line["participants"] for line in history)
+    return [Text(f"{lost} of {asked} replies were lost or refused: run.log says whose and why", "bold")] if lost else []
 
 
 def _prior(summary: Mapping[str, Any]) -> list[Text]:
