@@ -17,6 +17,8 @@ IDS = [f"c{i}" for i in range(400)]
 
 def test_numbers_and_lists() -> None:
     assert ranks(8, ["a", "b"], seed=0) == {"a": RankProfile(8, 8), "b": RankProfile(8, 8)}
+    mixed = ranks([RankProfile(2, 9), 4], IDS[:3], seed=0)
+    assert list(mixed.values()) == [RankProfile(2, 9), RankProfile(4, 4), RankProfile(2, 9)]
     assert [p.attention for p in ranks((2, 4, 8), IDS[:5], seed=0).values()] == [2, 4, 8, 2, 4]
 
 

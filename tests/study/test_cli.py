@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from fedlora.cli import app
@@ -135,6 +136,8 @@ def test_resume_trains_for_longer_as_if_never_stopped(tmp_path: Path) -> None:
         ("clients.ranks=heavy", "heavy-tail"),
         ("clients.ranks=0", "'clients.ranks' = 0: give a whole number from 1"),
         ("clients.ranks=[]", r"'clients.ranks' = \[\]: give"),
+        ("clients.ranks=[{attention = 2, mpl = 4}]", "ranks by site are {attention = 8, mlp = 32}"),
+        ("clients.ranks={attention = 2, mlp = 0}", "give a whole number from 1"),
         ("clients.ranks=[2.5]", r"'clients.ranks' = \[2.5\]: give"),
         ("training.rounds", "section.key=value"),
     ],
@@ -212,7 +215,7 @@ def test_a_language_model_runs_exports_and_predicts(tmp_path: Path) -> None:
     file.write_text(
         '[model]\nname = "lm"\ntask = "causal-lm"\ndtype = "float32"\n'
         '[data]\ntrain = "mine.jsonl"\ntext = "text"\npartition = {clients = 3}\n'
-        '[clients]\nranks = [2, 4, 8]\n[algorithm]\nname = "flexlora"\n[training]\nrounds = 2\n'
+        '[clients]\nranks = [{attention = 2, mlp = 5}, 4, 8]\n[algorithm]\nname = "flexlora"\n[training]\nrounds = 2\n'
     )
     fedlora("run", file, "--out", tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -222,6 +225,9 @@ def test_a_language_model_runs_exports_and_predicts(tmp_path: Path) -> None:
     assert summary["personal"]["mean"] < lines[0]["personal"]["mean"]
     assert any(name.startswith("truncation/") for name in lines[-1]["measures"])
     fedlora("predict", tmp_path / "run", "--client", "0", "--text", "the old")
+    own = load_file(tmp_path / "run" / "adapters" / "clients" / "0" / "adapter_model.safetensors")
+    held = {("self_attn" in name, len(value)) for name, value in own.items() if "lora_A" in name}
+    assert held == {(True, 2), (False, 5)}
 
 
 def test_a_bucket_has_the_smallest_clients_rank(tmp_path: Path) -> None:

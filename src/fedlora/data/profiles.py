@@ -39,8 +39,11 @@ DISTRIBUTIONS: Mapping[str, tuple[tuple[float, ...], tuple[RankProfile, ...]]] =
 }
 
 
-def ranks(spec: int | Sequence[int] | str, client_ids: Sequence[str], seed: int) -> dict[str, RankProfile]:
-    """Client id -> ranks, from `[clients] ranks`: one number, a list cycled over the clients, or a distribution's name.
+Rank = int | RankProfile
+
+
+def ranks(spec: Rank | Sequence[Rank] | str, client_ids: Sequence[str], seed: int) -> dict[str, RankProfile]:
+    """Client id -> ranks, from `[clients] ranks`: one for all, a list cycled over the clients, or a distribution.
 
     A distribution gives each type its share of the clients (largest remainder), shuffled by the seed.
     Raises `UserError` for ranks below 1 and unknown names.
@@ -60,10 +63,11 @@ def ranks(spec: int | Sequence[int] | str, client_ids: Sequence[str], seed: int)
         counts = largest_remainder(shares, len(client_ids))
         drawn = stream(seed, "ranks").permutation(np.repeat(np.arange(len(types)), counts))
         return {name: types[kind] for name, kind in zip(client_ids, drawn, strict=True)}
-    cycle = [spec] if isinstance(spec, int) else list(spec)
-    if not cycle or any(isinstance(rank, bool) or not isinstance(rank, int) or rank < 1 for rank in cycle):
+    cycle = list(spec) if isinstance(spec, Sequence) else [spec]
+    given = [one if isinstance(one, RankProfile) else RankProfile(one, one) for one in cycle]
+    numbers = [rank for one in given for rank in (one.attention, one.mlp)]
+    if not numbers or any(isinstance(rank, bool) or not isinstance(rank, int) or rank < 1 for rank in numbers):
         raise UserError(f"clients.ranks = {spec!r}: ranks are whole numbers from 1", "for example ranks = [2, 4, 8]")
-    given = [RankProfile(rank, rank) for rank in cycle]
     return {name: given[i % len(given)] for i, name in enumerate(client_ids)}
 
 

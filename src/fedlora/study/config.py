@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fedlora.algorithms import ALGORITHMS
 from fedlora.data.keys import meant
+from fedlora.data.profiles import RankProfile
 from fedlora.data.settings import DataSettings
 from fedlora.errors import UserError
 
@@ -73,11 +74,11 @@ class AdapterSettings(Section):
 
 
 class ClientSettings(Section):
-    """``[clients]``. ``ranks``: one number, a list cycled over the clients, or a named distribution; default: the
-    adapter's rank. ``models``: models of the clients' own, a list cycled over them: folders, hub ids, "cnn-1" to
-    "cnn-5"."""
+    """``[clients]``. ``ranks``: one number, ``{attention = 8, mlp = 32}`` (mlp: at all other sites), a list of such
+    cycled over the clients, or a named distribution; default: the adapter's rank. ``models``: models of the clients'
+    own, a list cycled over them: folders, hub ids, "cnn-1" to "cnn-5"."""
 
-    ranks: int | list[int] | str | None = None
+    ranks: int | RankProfile | list[int | RankProfile] | str | None = None
     models: list[str] | None = Field(None, min_length=1)
 
     @field_validator("ranks", mode="before")
@@ -85,7 +86,10 @@ class ClientSettings(Section):
     def _held(cls, value: Any) -> Any:  # 0 and [] are mistakes, not "unset"
         if value is None or isinstance(value, str):
             return value
-        ranks = value if isinstance(value, list | tuple) else [value]
+        given = [vars(one) if isinstance(one, RankProfile) else one for one in _listed(value)]
+        if any(isinstance(one, Mapping) and one.keys() != {"attention", "mlp"} for one in given):
+            raise ValueError("ranks by site are {attention = 8, mlp = 32}, mlp standing for all other sites")
+        ranks = [rank for one in given for rank in (one.values() if isinstance(one, Mapping) else [one])]
         if not ranks or any(isinstance(rank, bool) or not isinstance(rank, int) or rank < 1 for rank in ranks):
             raise ValueError("give a whole number from 1, a list of such numbers, or a distribution's name")
         return value
@@ -95,6 +99,10 @@ class ClientSettings(Section):
         if "base" in (self.models or ()):
             raise ValueError("'base' stands for [model] name: name the model itself")
         return self
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 class AlgorithmSettings(BaseModel):

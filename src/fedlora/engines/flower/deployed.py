@@ -120,12 +120,13 @@ def planned(config: RunConfig, folder: Path, sites: int) -> None:
             "[data] labels is missing: this server sees no data", 'list the label set: labels = ["benign", "malign"]'
         )
     ranks = config.clients.ranks or config.adapter.rank
-    if isinstance(ranks, str):
+    given = ranks if isinstance(ranks, list) else [ranks]
+    served = [rank for rank in given if isinstance(rank, int)]
+    if len(served) < len(given):
         raise UserError(
             f"[clients] ranks = {ranks!r}: each site states its own rank",
             "leave it out; [adapter] rank is the largest served",
         )
-    served = [ranks] if isinstance(ranks, int) else ranks
     backbone = base_of(config, labels)
     sizes = {site: min(layer.out_features, layer.in_features) for site, layer in backbone.sites.items()}
     most = {site: min(max(served), size) for site, size in sizes.items()}
