@@ -28,7 +28,6 @@ from fedlora.learning.prefix import Prefix
 from fedlora.learning.sources import (
     Kind,
     classifier_of,
-    find_head,
     folder_of,
     joined,
     linear,
@@ -36,13 +35,13 @@ from fedlora.learning.sources import (
     load_processor,
     minilm_folder,
     move,
-    ordered,
     put,
     quiet,
     require_adaptable,
     require_causal,
     settle_padding,
     stored,
+    take_head,
 )
 
 __all__ = ["Backbone", "Kind", "load_backbone", "minilm_folder"]
@@ -105,12 +104,7 @@ class Backbone:
     def checkpoint(self) -> None:
         """From now on layers keep their inputs only, and are computed again for gradients: the same numbers in less
         memory. UserError where a model has no layers of which this is known."""
-        self._checkpointed = checkpointable(self.module)
-        if not self._checkpointed:
-            raise UserError(
-                f"[engine] checkpointing: {self.name} has no layers that transformers knows how to compute again",
-                "leave it out for this model",
-            )
+        self._checkpointed = checkpointable(self.module, self.name)
 
     # -- one pass
 
@@ -368,9 +362,9 @@ def load_backbone(
 
     ``labels``: the label space of a classification. ``pooling``: "auto" (the model's own head where it was trained so,
     the mean over tokens for encoders, the last token for decoders, the class token for images), "mean", "cls", "last"
-    or "pooler". ``targets``, ``layers``: see ``inject.select``. ``bits``: see ``sources.stored`` (a given module is
-    as it is). ``width``: that of the representation; a model of another width gets a linear map to it.
-    ``adapt=False``: no sites (a private model). ``seed``: of what starts at random. A given module is copied.
+    or "pooler". ``targets``, ``layers``: see ``inject.select``. ``bits``: see ``sources.stored``. ``width``: that of
+    the representation; a model of another width gets a linear map to it. ``adapt=False``: no sites (a private model).
+    ``seed``: of what starts at random. A given module is copied, and stored as it is.
     """
     source = str(model) if isinstance(model, str | Path) else type(model).__name__
     if kind != "causal-lm" and not labels:
@@ -385,17 +379,14 @@ def load_backbone(
             folder = folder_of(str(model))
             module, fits = load_model(folder, source, kind, labels, pooling, stored(bits, device))
             processor = load_processor(folder, kind) if processor is None else processor
-        if kind == "causal-lm":
-            require_causal(module, source)
         if adapt:
             require_adaptable(module, source)
         head, path = None, ""
-        if kind != "causal-lm":
-            path, found = find_head(module, len(labels))
-            head = ordered(found, module, labels)
-            same = width in (None, found.in_features)
-            put(module, path, nn.Identity() if same else nn.Linear(found.in_features, cast(int, width)))
-            head, fits = (head, fits) if same else (nn.Linear(cast(int, width), len(labels)), False)
+        if kind == "causal-lm":
+            require_causal(module, source)
+        else:
+            path, head, own = take_head(module, labels, width)
+            fits = fits and own
     settle_padding(module, processor)
     move(module, dtype, device)
     chosen = select(module, targets, layers, path or None) if adapt else {}

@@ -17,21 +17,32 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fedlora.errors import UserError
+
 CACHES = ("past_key_values", "layer_past")
 """What a layer would write a second time when it is computed again."""
 
 
-def checkpointable(module: nn.Module) -> list[nn.Module]:
-    """The layers of a model that transformers itself would checkpoint, outermost ones.
+def checkpointable(module: nn.Module, name: str) -> list[nn.Module]:
+    """The layers of a model that transformers itself would checkpoint; UserError where it has none.
 
     >>> from fedlora.learning.sources import load_model, minilm_folder
     >>> model, _ = load_model(str(minilm_folder()), "minilm", "text-classification", ["a", "b"], "mean")
-    >>> len(checkpointable(model))
+    >>> len(checkpointable(model, "minilm"))
     6
     """
+    if found := _outermost(module):
+        return found
+    raise UserError(
+        f"[engine] checkpointing: {name} has no layers that transformers knows how to compute again",
+        "leave it out for this model",
+    )
+
+
+def _outermost(module: nn.Module) -> list[nn.Module]:
     if isinstance(module, GradientCheckpointingLayer):
         return [module]
-    return [found for child in module.children() for found in checkpointable(child)]
+    return [found for child in module.children() for found in _outermost(child)]
 
 
 @contextmanager

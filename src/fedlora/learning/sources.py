@@ -273,6 +273,17 @@ def find_head(module: nn.Module, labels: int) -> tuple[str, nn.Linear]:
     )
 
 
+def take_head(module: nn.Module, labels: Sequence[str], width: int | None) -> tuple[str, nn.Linear, bool]:
+    """Takes the head off: its path, the head in the order of our labels, and whether it is the module's own. Nothing
+    stays in its place; where another ``width`` is asked for, a linear map to it does, and the head begins anew."""
+    path, found = find_head(module, len(labels))
+    if width is None or width == found.in_features:
+        put(module, path, nn.Identity())
+        return path, ordered(found, module, labels), True
+    put(module, path, nn.Linear(found.in_features, width))
+    return path, nn.Linear(width, len(labels)), False
+
+
 def ordered(head: nn.Linear, module: nn.Module, labels: Sequence[str]) -> nn.Linear:
     """A copy of the head, its rows in the order of our labels where the model names the same ones."""
     head = copy.deepcopy(head)
