@@ -204,6 +204,9 @@ def ten(case: Case, profiles: Sequence[Any], rounds: int) -> Iterator[dict[str, 
 
 def run(quick: bool = False) -> Report:
     """All ranks, both spectra, both shapes; and ten rounds."""
+    from fedlora.learning.footprint import prepare
+
+    prepare()  # large blocks are reused, for both ways, as in every process that serves a run
     shapes, repeats, rounds = (SMALL, 1, 2) if quick else (SITES, 2, ROUNDS)
     profiles = json.loads(FILE.read_text())
     rows: list[tuple[object, ...]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +17,14 @@ from fedlora.adapters.lowrank import SMALL, TOLERANCE, Change, flat, gram, itera
 linalg: Any = torch.linalg
 WIDE = torch.float64
 SIDE = SMALL + 24  # the smaller side of what is not decomposed densely
+
+
+@pytest.fixture(scope="module", autouse=True, params=[False, True], ids=["float32", "bfloat16 first"])
+def halves(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """With and without a processor that is fast in bfloat16, whatever this one is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowrank, "halves_are_fast", lambda: request.param)
+        yield request.param
 
 
 def orthonormal(rows: int, columns: int, g: torch.Generator) -> Tensor:
@@ -209,10 +218,13 @@ def test_which_spectra_the_iteration_takes(kind: str, converges: bool) -> None:
 
 
 @pytest.mark.parametrize("terms", [None, 90])
-def test_a_good_start_saves_products(terms: int | None) -> None:
+def test_a_good_start_saves_products(terms: int | None, halves: bool) -> None:
     case = Case("exponential", (SIDE, 400), 12, seed=2, terms=terms)
     taken = {name: steps(case, starts(case, 0)[name]) for name in ("none", "good", "orthogonal")}
-    assert taken["good"] < taken["none"] <= taken["orthogonal"] + 1
+    if halves and terms is None:  # products in bfloat16 find what a start knows: few in float32 are left
+        assert max(taken.values()) <= min(taken.values()) + 1 <= 5
+    else:
+        assert taken["good"] < taken["none"] <= taken["orthogonal"] + 1
 
 
 def steps(case: Case, start: Tensor | None) -> int:

@@ -9,8 +9,9 @@ well, and rounding decides which one comes out. There the *excess* counts, which
 Away from ties both say the same. Ways, cheapest first; each hands on to the next what it does not fit:
 
 1. ``iterate``: subspace iteration in float32 with small parts in float64, on the factors or on the product, whichever
-   has fewer numbers; it begins with a *start* (last round's right singular vectors) where there is one. It stops by a
-   bound that it computes, and gives up early where the spectrum is too flat for its budget of products.
+   has fewer numbers; it begins with a *start* (last round's right singular vectors) where there is one, and on a
+   product with some steps in bfloat16 where these are fast. It stops by a bound that it computes in float32, and gives
+   up early where the spectrum is too flat for its budget of products.
 2. Small sites: a dense SVD in float64, or that of the core of stacked factors.
 3. ``flat``: the eigenvectors of dW dW^T in float32, for what the iteration has found too flat; checked by residuals.
 4. The same in float64 (``gram``), whose squares lose nothing that matters: directions below 1e-8 of the largest.
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -38,6 +40,8 @@ BLOCK = 512  # rows at a time where the whole would only be summed: large fresh 
 DOUBT = 16.0  # how much larger than its residual a direction may be that hides in an unresolved column
 FLAT = 1e-2  # share of |dW|^2 above which |dW|^2 - |S|^2 still has its digits in float32
 CANCELS = 1e-2  # share of |dW| below which Gram matrices of factors say little of it in float32
+ROUGH = 4  # products in bfloat16 that come first
+LEVEL = 1e-3  # share of the largest diagonal entry of a triangle above which one Cholesky leaves 1e-10 of angles
 NOISE = 1e-2  # share of every start's vector that is random: no start is blind to a direction
 
 
@@ -203,21 +207,19 @@ def flat(change: Change, rank: int) -> Leading | None:
     e = theta (s^2 - t^2) / s and loses theta^2 (s^2 - t^2) of |dW|^2: that is ``e_i^2 s_i^2 / (s_i^2 - t^2)``, which
     must stay below the tolerance. t is the value a quarter into the columns beyond the wanted ones, as in ``bound``.
 
-    Of factors with few columns only the triangles are needed, L = Q T and R^T = P S: the core T S^T has the singular
-    values, and Q x = L T^-1 x.
+    Of factors with few columns, with L = Q T, the core T R R^T T^T has the squares, and Q x = L T^-1 x.
     """
     if change.shape[0] > change.shape[1]:
         found = flat(change.transposed, rank)
         return found and found.swapped
     upper = None
     if change.right is None or 2 * change.left.shape[1] >= min(change.shape):
-        matrix = change.product()
+        squares = _squares(change.product())
     else:
-        upper, lower = _triangle(change.left), _triangle(change.right.T)
-        if upper is None or lower is None:
+        upper, failed = linalg.cholesky_ex(_squares(change.left.T), upper=True)
+        if int(failed):
             return None
-        matrix = upper @ lower.T
-    squares = matrix @ matrix.T
+        squares = upper @ _squares(change.right) @ upper.T
     if not bool(squares.isfinite().all()):  # squares of what float32 still holds
         return None
     vectors = linalg.eigh(squares)[1][:, -width(rank) :]
@@ -237,10 +239,16 @@ def flat(change: Change, rank: int) -> Leading | None:
     return Leading(u, s, v, math.sqrt(rest)) if rest > FLAT * size else _first(change, u, s, v)
 
 
-def _triangle(matrix: Tensor) -> Tensor | None:
-    """T of matrix = Q T by Cholesky; None where it fails."""
-    upper, failed = linalg.cholesky_ex(matrix.T @ matrix, upper=True)
-    return None if int(failed) else upper
+def _squares(matrix: Tensor) -> Tensor:
+    """M M^T, of which the part below the diagonal blocks is not computed twice."""
+    half = len(matrix) // 2
+    first, second = matrix[:half], matrix[half:]
+    out = matrix.new_empty(len(matrix), len(matrix))
+    torch.mm(first, first.T, out=out[:half, :half])
+    torch.mm(second, second.T, out=out[half:, half:])
+    torch.mm(first, second.T, out=out[:half, half:])
+    out[half:, :half] = out[:half, half:].T
+    return out
 
 
 def gram(matrix: Tensor, rank: int) -> Leading:
@@ -269,9 +277,8 @@ def iterate(change: Change, rank: int, seed: int, start: Tensor | None = None) -
     ``dW^T (P a) - (Q b) S`` of these, so the check is free; what it bounds is the step just
     taken, which is what is returned.
     """
-    columns, step = width(rank), change
-    basis = _orthonormal(_begin(change, columns, seed, start))[0]
-    found, previous, checked = None, math.inf, 0
+    basis, turned = _near(change, _begin(change, width(rank), seed, start))
+    step, found, previous, checked = change.transposed if turned else change, None, math.inf, 0
     for taken in range(STEPS):
         image = step.times(basis.float()).double()
         limit = math.inf if found is None else bound(found, image, rank)
@@ -279,13 +286,37 @@ def iterate(change: Change, rank: int, seed: int, start: Tensor | None = None) -
         inner, s, vt = _svd(core)
         found = Leading(partner @ inner, s, basis @ vt.T)
         if limit <= TOLERANCE:
-            u, v = (found.u, found.v) if taken % 2 == 0 else (found.v, found.u)
-            return _first(change, u[:, :rank], s[:rank], v[:, :rank])
+            found = found.swapped if turned else found
+            return _first(change, found.u[:, :rank], s[:rank], found.v[:, :rank])
         checked += limit < math.inf
         if checked and _hopeless(s, rank, limit, previous, STEPS - 1 - taken):
             return None
-        basis, step, previous, found = found.u, step.transposed, limit, found.swapped
+        basis, step, previous, found, turned = found.u, step.transposed, limit, found.swapped, not turned
     return None
+
+
+def _near(change: Change, columns: Tensor) -> tuple[Tensor, bool]:
+    """An orthonormal basis of the columns after some products in bfloat16, where these are fast, and whether it is one
+    of dW's columns then (else of its rows).
+
+    The first products only have to find the neighbourhood: those that follow shrink what the type has rounded as they
+    shrink every error. Factors with few columns are not worth it.
+    """
+    turned = False
+    if change.right is None and halves_are_fast():
+        fast = Change(change.left.bfloat16())
+        for step in (*(ROUGH // 2 * (fast, fast.transposed)), change):  # the last one makes up for what was rounded
+            image = step.times(_orthonormal(columns.float())[0].to(step.left.dtype))
+            if not bool(image.isfinite().all()):  # what float32 still holds
+                break
+            columns, turned = image, not turned
+    return _orthonormal(columns.double())[0], turned
+
+
+@cache
+def halves_are_fast() -> bool:
+    """Whether this processor has instructions for products in bfloat16."""
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
 
 
 def _first(change: Change, u: Tensor, s: Tensor, v: Tensor) -> Leading:
@@ -353,12 +384,16 @@ def _begin(change: Change, columns: int, seed: int, start: Tensor | None) -> Ten
 
 
 def _orthonormal(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Q and T with matrix = Q T, Q^T Q = 1: Cholesky twice, which is all products, and QR where that is too steep."""
+    """Q and T with matrix = Q T, Q^T Q = 1: Cholesky, which is all products, twice where once leaves more than rounding
+    of float32, and QR where that is too steep."""
     q, core = matrix, torch.eye(matrix.shape[1], dtype=matrix.dtype)
     for _ in range(2):
         upper, failed = linalg.cholesky_ex(q.T @ q, upper=True)
-        if int(failed) or not float(upper.diagonal().min()) > 1e-7 * float(upper.diagonal().max()):
+        steep = float(upper.diagonal().min()) / max(float(upper.diagonal().max()), 1e-300)
+        if int(failed) or not steep > 1e-7:
             return _qr(matrix)
         q = linalg.solve_triangular(upper, q, upper=True, left=False)
         core = upper @ core
+        if steep > LEVEL:
+            break
     return q, core
