@@ -78,18 +78,30 @@ def test_every_lane_meets_its_own_rows(make, core):
     torch.testing.assert_close(layer(x), x @ draw(OUT, IN).T + draw(OUT))
 
 
+@pytest.mark.parametrize("make", [linear, conv1d])  # whose products are part of the node; beside it
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("core", [False, True])
-def test_gradients_are_those_of_autograd_through_dense_weights(core):
+def test_gradients_are_those_of_autograd_through_dense_weights(core, together, make):
     x = draw(6, TOKENS, IN).requires_grad_()
     slot = factors(3, core)
     leaves = [x, *(v.requires_grad_() for v in (slot.A, slot.B, slot.C) if v is not None)]
     target = draw(6, TOKENS, OUT, seed=4)
-    layer = LaneLinear(linear(), "s")
-    with applied([layer], Plan(SEGMENTS, {"s": (slot,)})):
+    layer, plan = LaneLinear(make(), "s"), Plan(SEGMENTS, {"s": (slot,)})
+    with applied([layer], plan.together(x.dtype, x.device) if together else plan):
         found = torch.autograd.grad((layer(x) * target).sum(), leaves)
     wanted = torch.autograd.grad((expected(x, [slot]) * target).sum(), leaves)
     for a, b in zip(found, wanted):
         torch.testing.assert_close(a, b)
+
+
+def test_a_base_that_trains_beside_its_adapter():
+    x, slot = draw(6, TOKENS, IN), factors(3, False)
+    base = linear().requires_grad_()
+    with applied([layer := LaneLinear(base, "s")], Plan(SEGMENTS, {"s": (slot,)})):
+        found = torch.autograd.grad(layer(x).square().sum(), (base.weight, base.bias))
+    grad = 2 * expected(x, [slot]).flatten(0, 1)
+    torch.testing.assert_close(found[0], grad.T @ x.flatten(0, 1))
+    torch.testing.assert_close(found[1], grad.sum(0))
 
 
 def test_gate_receives_its_gradient():

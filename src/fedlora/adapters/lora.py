@@ -96,12 +96,15 @@ class Plan:
 
 
 class _LowRank(torch.autograd.Function):
-    """y + scale_k B_k C_k A_k x per segment, as one node: saves x and the two small products, makes no copy of x."""
+    """y + scale_k B_k C_k A_k x per segment, as one node: saves x and the two small products, makes no copy of x.
+
+    ``y``: what the base says of x, or the base itself, frozen: then its products are part of the node.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        y: Tensor,
+        y: Tensor | nn.Linear,
         x: Tensor,
         a: Tensor,
         b: Tensor,
@@ -111,7 +114,7 @@ class _LowRank(torch.autograd.Function):
     ) -> Tensor:
         kept = a.dtype  # float32 also where the base computes in bfloat16: gradients come back in it
         a, b, c = _cast(a, x), _cast(b, x), None if c is None else _cast(c, x)
-        out = y.clone(memory_format=torch.contiguous_format)
+        out = _said(y, x)
         inner: list[Tensor] = []
         for lane, start, stop in segments:
             u = x[start:stop].flatten(0, -2) @ a[lane].T
@@ -123,7 +126,7 @@ class _LowRank(torch.autograd.Function):
                 into.add_(v @ b[lane].T, alpha=scale[lane])
             inner.append(u)
         ctx.save_for_backward(x, a, b, c, *inner)
-        ctx.scale, ctx.segments, ctx.kept = scale, segments, kept
+        ctx.scale, ctx.segments, ctx.kept, ctx.base = scale, segments, kept, y if isinstance(y, nn.Linear) else None
         return out
 
     @staticmethod
@@ -132,7 +135,7 @@ class _LowRank(torch.autograd.Function):
         x, a, b, c, *inner = ctx.saved_tensors
         need_x, need_a, need_b, need_c = ctx.needs_input_grad[1:5]
         grad = _cast(grads[0], x)
-        gx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
+        gx = _through(ctx.base, grad, x) if need_x else None
         ga, gb = (torch.zeros_like(v, dtype=ctx.kept) if need else None for v, need in ((a, need_a), (b, need_b)))
         gc = torch.zeros_like(c, dtype=ctx.kept) if need_c else None
         for (lane, start, stop), u in zip(ctx.segments, inner):
@@ -146,8 +149,8 @@ class _LowRank(torch.autograd.Function):
             if ga is not None:
                 ga[lane] = du.T @ x[start:stop].flatten(0, -2)
             if gx is not None:
-                torch.mm(du, a[lane], out=gx[start:stop].flatten(0, -2))
-        return grads[0], gx, ga, gb, gc, None, None
+                gx[start:stop].flatten(0, -2).addmm_(du, a[lane], beta=0 if ctx.base is None else 1)
+        return grads[0] if ctx.base is None else None, gx, ga, gb, gc, None, None
 
 
 class _LowRankTogether(torch.autograd.Function):
@@ -160,7 +163,7 @@ class _LowRankTogether(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor | None, scale: Tensor, owner: Tensor
+        ctx: Any, y: Tensor | nn.Linear, x: Tensor, a: Tensor, b: Tensor, c: Tensor | None, scale: Tensor, owner: Tensor
     ) -> Tensor:
         kept = a.dtype
         a, b = _cast(a, x).flatten(0, 1), _cast(b * scale[:, None, None], x).transpose(1, 2).flatten(0, 1)
@@ -168,9 +171,10 @@ class _LowRankTogether(torch.autograd.Function):
         rows = x.flatten(0, -2)
         u = _own(rows @ a.T, owner)
         v = u if c is None else u @ c.T
-        out = torch.addmm(y.flatten(0, -2), v, b).view_as(y)
+        out = _said(y, x)
+        out.flatten(0, -2).addmm_(v, b)
         ctx.save_for_backward(x, a, b, c, u, scale, owner)
-        ctx.kept = kept
+        ctx.kept, ctx.base = kept, y if isinstance(y, nn.Linear) else None
         return out
 
     @staticmethod
@@ -191,8 +195,24 @@ class _LowRankTogether(torch.autograd.Function):
         if need_c:
             every = (dv.T @ u).to(ctx.kept).unflatten(1, (lanes, -1)).unflatten(0, (lanes, -1))
             gc = every.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        gx = (du @ a).view_as(x) if need_x else None
-        return grads[0], gx, ga, gb, gc, None, None
+        gx = _through(ctx.base, g.view_as(grads[0]), x) if need_x else None
+        if gx is not None:
+            gx.flatten(0, -2).addmm_(du, a, beta=0 if ctx.base is None else 1)
+        return grads[0] if ctx.base is None else None, gx, ga, gb, gc, None, None
+
+
+def _said(y: Tensor | nn.Linear, x: Tensor) -> Tensor:
+    """What the base says of x, to be added to."""
+    if isinstance(y, nn.Linear):
+        return y(x)
+    return y.clone(memory_format=torch.contiguous_format)
+
+
+def _through(base: nn.Linear | None, grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x through the base, to be added to; only its room where the base is not in the node."""
+    if base is None:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return grad @ base.weight
 
 
 def _diagonal(c: Tensor) -> Tensor:
@@ -247,8 +267,11 @@ class LaneLinear(nn.Module):
         if plan is None:
             return self.base(x)
         merged = plan.merged.get(self.site)
-        y: Tensor = self.base(x) if merged is None else functional.linear(x, merged, _bias(self.base))
         slots, dense = plan.slots.get(self.site, ()), plan.dense.get(self.site, ())
+        if merged is None and not dense and plan.dropout is None and (frozen := self._frozen(slots)) is not None:
+            rows = _rows(x, plan, self.site)
+            return _lowrank(frozen, rows, slots[0], plan).reshape(*x.shape[:-1], self.out_features)
+        y: Tensor = self.base(x) if merged is None else functional.linear(x, merged, _bias(self.base))
         if not slots and not dense:
             return y
         shape = y.shape
@@ -267,8 +290,16 @@ class LaneLinear(nn.Module):
                 y = y + slot.gate[:, None, None].to(y.dtype) * delta
         return y.reshape(shape)
 
+    def _frozen(self, slots: tuple[Factors, ...]) -> nn.Linear | None:
+        """The base, where it is a frozen nn.Linear under one adapter for all rows."""
+        base = self.base
+        if type(base) is not nn.Linear or len(slots) != 1 or slots[0].gate is not None:
+            return None
+        trains = any(value.requires_grad for value in (base.weight, _bias(base)) if value is not None)
+        return None if trains else base
 
-def _lowrank(y: Tensor, x: Tensor, slot: Factors, plan: Plan) -> Tensor:
+
+def _lowrank(y: Tensor | nn.Linear, x: Tensor, slot: Factors, plan: Plan) -> Tensor:
     node: Any = _LowRank  # torch's autograd functions are untyped
     lanes, rank = slot.A.shape[:2]
     if plan.owners is None or lanes * rank > WIDE:

@@ -25,6 +25,7 @@ from fedlora.learning.checkpointing import checkpointable, checkpointed, surroun
 from fedlora.learning.packing import Known, Layers, Packing, Reached, packable, packed, packing, until
 from fedlora.learning.pooled import POOLINGS, hidden_size, masked_mean
 from fedlora.learning.prefix import Prefix
+from fedlora.learning.prepacked import Prepacked, using
 from fedlora.learning.sources import (
     Kind,
     classifier_of,
@@ -56,7 +57,8 @@ class Backbone:
 
     ``module``: the whole model; for classification its head is taken off (``head``, at ``head_path``), so that what it
     calls logits are the features; where a common width is asked for and its own is another, a linear map to that width
-    is in the head's place. ``processor``: its tokenizer or image processor (None for a module of one's own).
+    is in the head's place. ``processor``: its tokenizer or image processor (None for a module of one's own);
+    ``prepacked``: layers whose weights lie twice.
     """
 
     module: nn.Module
@@ -70,6 +72,7 @@ class Backbone:
     labels: tuple[str, ...] = ()
     switching: bool = field(default=True)
     unpadded: bool = True
+    prepacked: Sequence[Prepacked] = ()
 
     def __post_init__(self) -> None:
         self.module.requires_grad_(False).eval()
@@ -137,6 +140,7 @@ class Backbone:
         if "input_ids" in inputs and self.packs(inputs["input_ids"].shape[1]):
             found = packing(inputs["attention_mask"], cast(Layers, self._stack).heads, self.dtype)
         with ExitStack() as stack:
+            stack.enter_context(using(self.prepacked))
             if found is not None:
                 lower = None if replaced else self._lower(inputs, found)
                 stack.enter_context(packed(cast(Layers, self._stack), found, lower))
@@ -146,7 +150,8 @@ class Backbone:
             stack.enter_context(applied(self._layers, plan))
             if self._checkpointed:
                 now = [(config, config._attn_implementation) for config in self._configs]
-                again = partial(surrounded, self.module, replaced, now, partial(applied, self._layers, plan))
+                as_here = (partial(using, self.prepacked), partial(applied, self._layers, plan))
+                again = partial(surrounded, self.module, replaced, now, as_here)
                 stack.enter_context(checkpointed(self._checkpointed, again))
             yield
 

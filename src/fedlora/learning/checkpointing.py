@@ -76,14 +76,18 @@ def surrounded(
     module: nn.Module,
     replaced: Mapping[str, Tensor],
     attention: Sequence[tuple[Any, Any]],
-    adapted: Callable[[], AbstractContextManager[None]],
+    more: Sequence[Callable[[], AbstractContextManager[None]]],
 ) -> Generator[None]:
-    """What was around a layer in its pass: replaced parameters, the attention that configurations named, adapters."""
+    """What was around a layer in its pass: replaced parameters, the attention that configurations named, and ``more``:
+    prepacked layers, adapters."""
     now = [(config, config._attn_implementation) for config, _ in attention]
     try:
         for config, name in attention:
             config._attn_implementation = name
-        with adapted(), _reparametrize_module(module, dict(replaced)):
+        with ExitStack() as stack:
+            for one in more:
+                stack.enter_context(one())
+            stack.enter_context(_reparametrize_module(module, dict(replaced)))
             yield
     finally:
         for config, name in now:

@@ -17,6 +17,7 @@ CLOSE = 1e-9
 Array = np.ndarray[Any, Any]
 untyped: Any = flop_counter
 aten: Any = torch.ops.aten
+mkldnn: Any = torch.ops.mkldnn
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> int:
@@ -27,10 +28,15 @@ def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor,
     return untyped.sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
 
 
+def _prepacked(x: Tensor, *rest: Any, out_val: Tensor, **named: Any) -> int:
+    return 2 * x.numel() * out_val.shape[-1]
+
+
 FORMULAS: Mapping[Any, Any] = {
     **untyped.flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,  # which torch's own counter leaves out
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    **({mkldnn._linear_pointwise: _prepacked} if hasattr(mkldnn, "_linear_pointwise") else {}),
 }
 
 

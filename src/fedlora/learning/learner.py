@@ -21,7 +21,7 @@ from fedlora.learning.batches import Group, Steady, borders, cut, evenly, rectan
 from fedlora.learning.examples import Examples, Task
 from fedlora.learning.fitting import Fits
 from fedlora.learning.flops import Meter
-from fedlora.learning.footprint import EVERY, prepare, release
+from fedlora.learning.footprint import EVERY, Pages, prepare
 from fedlora.learning.generation import answer_scores, answers
 from fedlora.learning.lanes import Held, Merges, Stack, alone, anonymous, check, structure
 from fedlora.learning.language import CausalLM
@@ -80,6 +80,7 @@ class Learner:
         self.steps = 0  # client-steps of training so far: what throughput counts
         self._tickets = 0
         self._turns = 0
+        self._pages = Pages()
         self._masks: dict[str, Tensor] = {}
         self._waiting: dict[tuple[object, ...], deque[Ready]] = {}
         self._running: dict[tuple[object, ...], Fits] = {}
@@ -112,7 +113,7 @@ class Learner:
             return []
         self._turns += 1
         if self._turns % EVERY == 0:
-            release()
+            self._pages.look()
 
         def urgency(key: tuple[object, ...]) -> tuple[int, int]:
             waiting, running = self._waiting.get(key, ()), self._running.get(key)

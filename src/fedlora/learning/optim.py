@@ -72,7 +72,7 @@ def build(optimizer: Optimizer, blocks: Sequence[Block], values: Tensor, grads: 
         leaf.grad = grads[start:stop]
         parameters.append({"params": [leaf], "lr": lr, "weight_decay": decay})
     if optimizer.name == "adamw":
-        return torch.optim.AdamW(parameters, lr=optimizer.lr)
+        return torch.optim.AdamW(parameters, lr=optimizer.lr, fused=True)
     return torch.optim.SGD(parameters, lr=optimizer.lr, momentum=optimizer.momentum)
 
 

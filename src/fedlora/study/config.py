@@ -156,9 +156,10 @@ class EngineSettings(Section):
     """``[engine]``. ``lanes``: how many clients train in one pass over the base (1: the plain reference); ``tokens``:
     the budget of one pass, padding included; ``prefix``: bytes in which what the layers below the first adapter say of
     each text is kept (0: it is computed anew in every pass); ``checkpointing``: layers keep their inputs only and are
-    computed again for gradients, the same numbers in less memory and more time; ``shard``: how many clients are folded
-    apart from the others; partial aggregates are merged in order (default: all at once; on Ray a number that follows
-    from the actors).
+    computed again for gradients, the same numbers in less memory and more time; ``prepack``: a base in bfloat16 on a
+    CPU holds its frozen layers' weights a second time, as the matrix units read them (no effect elsewhere); ``shard``:
+    how many clients are folded apart from the others; partial aggregates are merged in order (default: all at once; on
+    Ray a number that follows from the actors).
 
     On Ray (``name = "ray"``): ``address``: of a cluster that is there, "auto" or "host:port" (default: a private one
     for the run); ``actors``: how many processes with a base each (default: one a GPU, else one for every ``threads``
@@ -174,6 +175,7 @@ class EngineSettings(Section):
     device: str = "auto"
     prefix: int = Field(0, ge=0)
     checkpointing: bool = False
+    prepack: bool = True
     shard: int | None = Field(None, ge=1)
     address: str | None = None
     actors: int | None = Field(None, ge=1)

@@ -26,6 +26,7 @@ from fedlora.federation.sampling import Cohorts
 from fedlora.federation.spec import Client, Extras, ModelSpec, Sums
 from fedlora.learning.backbone import Backbone, load_backbone
 from fedlora.learning.learner import Learner
+from fedlora.learning.prepacked import prepacks
 from fedlora.learning.tasks import Examples, Task
 from fedlora.study import algorithm as algorithms
 from fedlora.study import private
@@ -211,6 +212,8 @@ def assemble(
         one.to(DTYPES[config.model.dtype]).remember(config.engine.prefix)
         if config.engine.checkpointing:
             one.checkpoint()
+        if config.engine.prepack:
+            one.prepacked = prepacks(one.module)
     lanes = int(config.engine.lanes)
     owned = Validated(population.clients, config.data.seed) if config.training.validate_rounds else population.clients
     members, splits, strangers = _members(algorithm, population, owned, examples, terms)
