@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -17,7 +16,7 @@ from fedlora.adapters.lora import Dropout, Factors, Plan
 from fedlora.federation.orders import Fit, Model, Optimizer, Score
 from fedlora.learning.backbone import LONG, Backbone, load_backbone
 from fedlora.learning.batches import evenly
-from fedlora.learning.blockwise import BIN, BLOCK, block_diagonal, partition
+from fedlora.learning.blockwise import BIN, BLOCK, partition
 from fedlora.learning.fitting import Diverged
 from fedlora.learning.packing import packable, packed_sizes, packing
 from learning.test_batches import texts
@@ -109,36 +108,6 @@ def test_bfloat16_is_as_near_to_the_exact_numbers_as_with_padding(kind: str) -> 
     near, far = ((x[0].double() - exact[0]).norm() / exact[0].norm() for x in (packed, padded))
     assert near < 1.3 * far < 0.1
     assert apart(packed[1], exact[1]) < 1.5 * apart(padded[1], exact[1])
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(
-    ("rows", "length", "dtype"), [(3, 7, torch.float64), (3, 16, torch.bfloat16), (8, 32, torch.bfloat16)]
-)
-def test_sequences_of_one_length_are_transposed_instead_of_gathered(
-    rows: int, length: int, dtype: torch.dtype, causal: bool
-) -> None:
-    heads = 4
-    found = packing(torch.ones(rows, length), heads, dtype)
-    assert found is not None
-    assert [b.even for b in found.blocks] == [True]
-    draw = torch.Generator().manual_seed(0)
-    shape = (len(found.source) * heads, 6)  # with tokens of nobody: 48 are filled up to 64
-    given = [torch.randn(shape, generator=draw).to(dtype).requires_grad_() for _ in range(3)]
-    grad = torch.randn(shape, generator=draw).to(dtype)
-    results: list[tuple[torch.Tensor, ...]] = []
-    for blocks in (found.blocks, [replace(b, even=False) for b in found.blocks]):
-        out = block_diagonal(*given, blocks, found.outward, 0.4, causal)
-        results.append((out, *torch.autograd.grad(out, given, grad)))
-    assert all(torch.equal(mine, other) for mine, other in zip(*results))
-
-
-@pytest.mark.parametrize("lengths", [[4, 4, 5], [5, 4, 4]])
-def test_sequences_of_several_lengths_are_gathered(lengths: list[int]) -> None:
-    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-    found = packing(mask, 2, torch.float64)
-    assert found is not None
-    assert not any(b.even for b in found.blocks)
 
 
 def test_who_is_packed() -> None:

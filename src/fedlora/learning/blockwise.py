@@ -34,8 +34,7 @@ class Block:
     """Sequences of one batched product. ``index`` (rows * heads * length,): which token and head (token * heads + head)
     each entry is gathered from, for padding the first of its sequence; ``shape``: (rows, length); ``start``, ``stop``:
     the place of its outputs; ``real`` (rows, length): where a token is, None: everywhere; ``dtype``: what it computes
-    in; ``even``: its entries are those of the first tokens, sequence after sequence, and gathering them is
-    transposing."""
+    in."""
 
     index: Tensor
     shape: tuple[int, int]
@@ -43,7 +42,6 @@ class Block:
     stop: int
     real: Tensor | None
     dtype: torch.dtype
-    even: bool = False
 
     def places(self, heads: int) -> np.ndarray:
         """(rows, heads, length) where each output lies."""
@@ -86,8 +84,7 @@ def block(
     starts: np.ndarray, lengths: np.ndarray, heads: int, at: int, dtype: torch.dtype, device: torch.device
 ) -> Block:
     """Sequences by their first token and length; ``at``: where their outputs begin."""
-    count = len(lengths)
-    rows, longest, dtype = shape(count, int(lengths.max()), dtype)
+    rows, longest, dtype = shape(len(lengths), int(lengths.max()), dtype)
     again = np.minimum(np.arange(rows), len(lengths) - 1)  # the last sequence fills up
     starts, lengths = starts[again], lengths[again]
     real = np.arange(longest) < lengths[:, None]
@@ -95,8 +92,7 @@ def block(
     index = tokens[:, None, :] * heads + np.arange(heads)[:, None]
     found = None if real.all() else torch.from_numpy(real).to(device)
     gathered = torch.from_numpy(index.reshape(-1)).to(device)
-    even = found is None and rows == count and np.array_equal(starts, np.arange(rows) * longest)
-    return Block(gathered, (rows, longest), at, at + index.size, found, dtype, even)
+    return Block(gathered, (rows, longest), at, at + index.size, found, dtype)
 
 
 def block_diagonal(
@@ -136,7 +132,7 @@ class _BlockDiagonal(torch.autograd.Function):
             saved += [q, k, v, weights]
         ctx.save_for_backward(outward, *saved)
         ctx.blocks, ctx.scale = blocks, scale
-        return _back(out, blocks, outward)
+        return out.index_select(0, outward)
 
     @staticmethod
     @once_differentiable
@@ -158,14 +154,11 @@ class _BlockDiagonal(torch.autograd.Function):
                 _product(into[0], b, weighed, k, ctx.scale)
             if into[1] is not None:
                 _product(into[1], b, weighed.mT, q, ctx.scale)
-        return (*(None if x is None else _back(x, ctx.blocks, outward) for x in into), None, None, None, None)
+        return (*(None if x is None else x.index_select(0, outward) for x in into), None, None, None, None)
 
 
 def _gather(values: Tensor, b: Block) -> Tensor:
     """(rows * heads, length, size)."""
-    if b.even:
-        tokens = values[: len(b.index)].view(*b.shape, -1, values.shape[-1])
-        return tokens.transpose(1, 2).reshape(-1, b.shape[1], values.shape[-1]).to(b.dtype)
     return values.index_select(0, b.index).to(b.dtype).view(-1, b.shape[1], values.shape[-1])
 
 
@@ -174,17 +167,6 @@ def _outputs(like: Tensor, blocks: Sequence[Block]) -> Tensor:
     out = like.new_empty(blocks[-1].stop + 1, like.shape[-1])
     out[-1] = 0
     return out
-
-
-def _back(out: Tensor, blocks: Sequence[Block], outward: Tensor) -> Tensor:
-    """The blocks' outputs by token and head; zero for tokens of nobody."""
-    if len(blocks) > 1 or not blocks[0].even:
-        return out.index_select(0, outward)
-    (rows, length), stop, size = blocks[0].shape, blocks[0].stop, out.shape[-1]
-    found = out.new_empty(len(outward), size)
-    found[:stop].view(rows, length, -1, size).copy_(out[:stop].view(rows, -1, length, size).transpose(1, 2))
-    found[stop:] = 0
-    return found
 
 
 def _product(out: Tensor, b: Block, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
