@@ -136,16 +136,16 @@ class Backbone:
         self, inputs: Mapping[str, Tensor], plan: Plan | None, together: bool, replaced: Mapping[str, Tensor]
     ) -> Generator[None]:
         """The adapted layers follow the plan, on packed tokens where this model and batch allow it."""
-        found = None
+        found, together = None, together and plan is not None and len(plan.segments) > 1
         if "input_ids" in inputs and self.packs(inputs["input_ids"].shape[1]):
-            found = packing(inputs["attention_mask"], cast(Layers, self._stack).heads, self.dtype)
+            found = packing(inputs["attention_mask"], cast(Layers, self._stack).heads, self.dtype, together)
         with ExitStack() as stack:
             stack.enter_context(using(self.prepacked))
             if found is not None:
                 lower = None if replaced else self._lower(inputs, found)
                 stack.enter_context(packed(cast(Layers, self._stack), found, lower))
                 plan = None if plan is None else found.plan(plan)
-            if plan is not None and together and len(plan.segments) > 1:
+            if plan is not None and together:
                 plan = plan.together(self.dtype, self.device)
             stack.enter_context(applied(self._layers, plan))
             if self._checkpointed:

@@ -2,15 +2,18 @@
 
     O = softmax(scale * Q K^T + mask) V      for each sequence and head
 
-Short sequences of a bfloat16 model are computed in float32 (its products need no kernel compiled for the shape, and
-torch's bfloat16 softmax of rows below 32 is ten times slower); longer ones in bfloat16, with shapes of which there are
-few. One autograd node: every gather's backward is a gather.
+A row of a block holds one sequence, or, where all numbers are finite (``together``), several end to end, of which each
+sees only itself: few blocks of few lengths instead of many. Apart, short sequences of a bfloat16 model are computed in
+float32 (its products need no kernel compiled for the shape, and torch's bfloat16 softmax of rows below 32 is ten times
+slower); longer ones in bfloat16, with shapes of which there are few. One autograd node: every gather's backward is a
+gather.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,26 +29,46 @@ SHORT = 24
 """Sequences of a bfloat16 model up to this length are computed in float32."""
 LENGTH, ROWS = 32, 8
 """In bfloat16 a block's length and its number of sequences are multiples of these."""
+SHARED, FULL = 64, 512
+"""The shortest row that several sequences share (longer ones are twice as long, and so on), and the tokens of which a
+block of such rows is a multiple."""
 softmax_backward: Any = vars(torch)["_softmax_backward_data"]
 
 
 @dataclass(frozen=True, eq=False)
+class Room:
+    """Where some sequences lie: ``sequences`` (their positions in the batch), each in a ``row`` from an ``offset`` on;
+    ``shape``: (rows, length); ``shared``: whether a row may hold several; ``dtype``: what they are computed in."""
+
+    sequences: np.ndarray
+    row: np.ndarray
+    offset: np.ndarray
+    shape: tuple[int, int]
+    shared: bool
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False)
 class Block:
-    """Sequences of one batched product. ``index`` (rows * heads * length,): which token and head (token * heads + head)
-    each entry is gathered from, for padding the first of its sequence; ``shape``: (rows, length); ``start``, ``stop``:
-    the place of its outputs; ``real`` (rows, length): where a token is, None: everywhere; ``dtype``: what it computes
-    in."""
+    """Rows of one batched product. ``index`` (rows * heads * length,): which token and head (token * heads + head) each
+    entry is gathered from, for padding the first of its row; ``shape``: (rows, length); ``start``, ``stop``: the place
+    of its outputs; ``real`` (rows, length): where a token is, None: everywhere; ``owner`` (rows, length): whose a token
+    is, None: a row is one sequence; ``dtype``: what it computes in."""
 
     index: Tensor
     shape: tuple[int, int]
     start: int
     stop: int
     real: Tensor | None
+    owner: Tensor | None
     dtype: torch.dtype
 
-    def places(self, heads: int) -> np.ndarray:
-        """(rows, heads, length) where each output lies."""
-        return np.arange(self.start, self.stop).reshape(self.shape[0], heads, self.shape[1])
+    @cached_property
+    def apart(self) -> Tensor:
+        """(rows, length, length): minus infinity between tokens of different sequences, else zero."""
+        assert self.owner is not None
+        foreign = self.owner[:, :, None] != self.owner[:, None, :]
+        return torch.zeros(foreign.shape, dtype=self.dtype, device=foreign.device).masked_fill_(foreign, -torch.inf)
 
 
 def partition(lengths: np.ndarray) -> list[np.ndarray]:
@@ -80,19 +103,77 @@ def shape(rows: int, longest: int, dtype: torch.dtype) -> tuple[int, int, torch.
     return rows + -rows % ROWS, longest + -longest % LENGTH, dtype
 
 
+def rooms(lengths: np.ndarray, dtype: torch.dtype, together: bool = False) -> list[Room]:
+    """Where sequences of some lengths lie; ``together``: rows may be shared where that saves blocks.
+
+    >>> [room.shape for room in rooms(np.array([20, 30, 40, 50, 100]), torch.bfloat16, together=True)]
+    [(8, 64), (4, 128)]
+    """
+    apart = [_alone(found, lengths, dtype) for found in partition(lengths)]
+    if not together or dtype != torch.bfloat16 or len(apart) < 2:
+        return apart
+    found = _shared(lengths)
+    return found if _effort(found) < _effort(apart) else apart
+
+
+def _effort(found: Sequence[Room]) -> tuple[int, int]:
+    """(blocks, scores): calls cost more than numbers."""
+    return len(found), sum(rows * length**2 for rows, length in (room.shape for room in found))
+
+
+def _alone(found: np.ndarray, lengths: np.ndarray, dtype: torch.dtype) -> Room:
+    rows, longest, dtype = shape(len(found), int(lengths[found].max()), dtype)
+    return Room(found, np.arange(len(found)), np.zeros(len(found), dtype=np.int64), (rows, longest), False, dtype)
+
+
+def _shared(lengths: np.ndarray) -> list[Room]:
+    """First fit, the longest first: a sequence goes into the first row that has room, or opens one."""
+    sizes, left, counts = list[int](), list[int](), dict[int, int]()
+    numbers: list[int] = []
+    places: dict[int, list[tuple[int, int, int]]] = {}
+    for k in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[k])
+        row = next((i for i, free in enumerate(left) if free >= length), len(left))
+        if row == len(left):
+            size = max(SHARED, 1 << (length - 1).bit_length())
+            sizes.append(size)
+            left.append(size)
+            numbers.append(counts.get(size, 0))
+            counts[size] = numbers[-1] + 1
+        places.setdefault(sizes[row], []).append((k, numbers[row], sizes[row] - left[row]))
+        left[row] -= length
+    found: list[Room] = []
+    for size, given in sorted(places.items()):
+        sequences, row, offset = np.array(given).T
+        rows = counts[size] + -counts[size] % max(1, FULL // size)
+        found.append(Room(sequences, row, offset, (rows, size), True, torch.bfloat16))
+    return found
+
+
 def block(
-    starts: np.ndarray, lengths: np.ndarray, heads: int, at: int, dtype: torch.dtype, device: torch.device
-) -> Block:
-    """Sequences by their first token and length; ``at``: where their outputs begin."""
-    rows, longest, dtype = shape(len(lengths), int(lengths.max()), dtype)
-    again = np.minimum(np.arange(rows), len(lengths) - 1)  # the last sequence fills up
-    starts, lengths = starts[again], lengths[again]
-    real = np.arange(longest) < lengths[:, None]
-    tokens = starts[:, None] + np.where(real, np.arange(longest), 0)
-    index = tokens[:, None, :] * heads + np.arange(heads)[:, None]
-    found = None if real.all() else torch.from_numpy(real).to(device)
+    room: Room, starts: np.ndarray, lengths: np.ndarray, heads: int, at: int, device: torch.device
+) -> tuple[Block, np.ndarray, np.ndarray]:
+    """The block of a room, its tokens, and where each token's heads lie in the outputs (tokens, heads). ``starts``,
+    ``lengths``: of all sequences; ``at``: where the block's outputs begin."""
+    rows, length = room.shape
+    starts, lengths = starts[room.sequences], lengths[room.sequences]
+    total = lengths.cumsum()
+    within = np.arange(total[-1]) - np.repeat(total - lengths, lengths)
+    tokens, place = (np.repeat(x, lengths) + within for x in (starts, room.row * length + room.offset))
+    used = int(room.row.max()) + 1
+    first = np.empty(used, dtype=np.int64)
+    first[room.row[::-1]] = starts[::-1]
+    held, owner = np.repeat(first, length), np.full(used * length, -1)
+    held[place], owner[place] = tokens, np.repeat(np.arange(len(starts)), lengths)
+    again = np.minimum(np.arange(rows), used - 1)  # the last row fills up
+    held, owner = (x.reshape(used, length)[again] for x in (held, owner))
+    index = held[:, None, :] * heads + np.arange(heads)[:, None]
+    padded, whose = (torch.from_numpy(x).to(device) for x in (owner >= 0, owner))
+    real = None if bool(padded.all()) else padded
+    outputs = at + (place // length * heads * length + place % length)[:, None] + np.arange(heads) * length
     gathered = torch.from_numpy(index.reshape(-1)).to(device)
-    return Block(gathered, (rows, longest), at, at + index.size, found, dtype)
+    made = Block(gathered, room.shape, at, at + index.size, real, whose if room.shared else None, room.dtype)
+    return made, tokens, outputs
 
 
 def block_diagonal(
@@ -126,8 +207,7 @@ class _BlockDiagonal(torch.autograd.Function):
         saved: list[Tensor] = []
         for b in blocks:
             q, k, v = (_gather(x, b) for x in (query, key, value))
-            scores = torch.baddbmm(_mask(b, len(q), causal, q), q, k.mT, alpha=scale)
-            weights = torch.softmax(scores, -1)
+            weights = torch.softmax(_scores(b, q, k, scale, causal), -1)
             _product(out, b, weights, v)
             saved += [q, k, v, weights]
         ctx.save_for_backward(outward, *saved)
@@ -176,6 +256,17 @@ def _product(out: Tensor, b: Block, left: Tensor, right: Tensor, scale: float = 
         torch.baddbmm(place, left, right, beta=0, alpha=scale, out=place)
     else:
         place.copy_(torch.baddbmm(left.new_zeros(1), left, right, beta=0, alpha=scale))
+
+
+def _scores(b: Block, q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
+    """scale * Q K^T + mask, (rows * heads, length, length)."""
+    if b.owner is None:
+        return torch.baddbmm(_mask(b, len(q), causal, q), q, k.mT, alpha=scale)
+    mask = b.apart + torch.full_like(b.apart[0], -torch.inf).triu(1) if causal else b.apart
+    scores = torch.bmm(q, k.mT)
+    wide = scores.view(b.shape[0], -1, *scores.shape[1:])
+    torch.add(mask[:, None], wide, alpha=scale, out=wide)
+    return scores
 
 
 def _mask(b: Block, batch: int, causal: bool, like: Tensor) -> Tensor:

@@ -182,7 +182,7 @@ class Fits:
         together = all(stack.joins for stack in self.stacks.values())
         backbone = self.stacks[first].backbone
         for group in self.learner.groups(backbone, self._backbone(first), work, self.learner.tokens):
-            with self.learner.watched(kind, names, group, clients):
+            with self.learner.watched(kind, names, group, clients, together):
                 losses = self._backward(group, active, work, together)
             sums.index_add_(0, torch.from_numpy(group.lanes), losses.double().cpu())
         for k, lane in active.items():

@@ -23,7 +23,7 @@ from fedlora.learning.fitting import Fits
 from fedlora.learning.flops import Meter
 from fedlora.learning.footprint import EVERY, Pages, prepare
 from fedlora.learning.generation import answer_scores, answers
-from fedlora.learning.lanes import Held, Merges, Stack, alone, anonymous, check, structure
+from fedlora.learning.lanes import Held, Merges, Stack, alone, anonymous, check, finite, structure
 from fedlora.learning.language import CausalLM
 from fedlora.learning.optim import chosen
 from fedlora.learning.packing import packed_sizes
@@ -285,23 +285,26 @@ class Learner:
             for group in self.groups(stack.backbone, name, work, tokens):
                 inputs, labels = self.batch(stack.backbone, name, group)
                 stack.merge()
-                with self.watched(taken[0].kind, [name], group, [ready.job.client for ready in taken]):
+                with self.watched(taken[0].kind, [name], group, [ready.job.client for ready in taken], together):
                     outputs = stack.outputs(inputs, group.segments, masks, together=together)
+                if together and not finite((outputs.logits, outputs.features)):  # whose it is only lanes apart say
+                    outputs = stack.outputs(inputs, group.segments, masks)
                 yield group, outputs, labels
 
     def watched(
-        self, kind: int, names: Sequence[str], group: Group, clients: Sequence[str]
+        self, kind: int, names: Sequence[str], group: Group, clients: Sequence[str], together: bool
     ) -> AbstractContextManager[None]:
         """Counts the operations of a pass over a group. ``names``: the backbones; ``clients``: by lane."""
+        together = together and len(group.segments) > 1
         sizes: list[float] = []
         for name in dict.fromkeys(names):
             lengths = self.store(name).lengths[group.units]
-            sizes += self._sizes(self.backbones[name], name, lengths)
+            sizes += self._sizes(self.backbones[name], name, lengths, together)
         tokens = self.store(next(iter(names))).lengths[group.units]
         shares = [(clients[lane], int(tokens[start:stop].sum())) for lane, start, stop in group.segments]
         return self.meter.watch(kind, sizes, shares)
 
-    def _sizes(self, backbone: Backbone, name: str, lengths: np.ndarray) -> list[float]:
+    def _sizes(self, backbone: Backbone, name: str, lengths: np.ndarray, together: bool) -> list[float]:
         """What a pass over sequences of some lengths costs a linear function of: rows, tokens with and without padding,
         scores."""
         rows, longest = len(lengths), int(lengths.max())
@@ -311,7 +314,7 @@ class Learner:
         if not self.packs(backbone, name):
             return [rows, padded, padded * longest]
         grown = np.concatenate([lengths, np.ones(rows - len(lengths), dtype=lengths.dtype)])
-        return [rows, padded, *packed_sizes(grown, backbone.dtype)]
+        return [rows, padded, *packed_sizes(grown, backbone.dtype, together)]
 
     def steady(self, backbone: Backbone, name: str) -> Steady | None:
         """Of which shapes a backbone's batches are; None: of any."""

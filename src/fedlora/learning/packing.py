@@ -5,7 +5,8 @@
 Linear layers, norms and activations see each token alone and need no change; attention is block-diagonal: queries, keys
 and values are gathered into a few blocks of sequences of like length, and the outputs gathered back. What lies before
 the first layer (embeddings) and after the last (norm, pooling, a language model's head) sees padded sequences as ever.
-A token's result, and so every number that is not finite, depends on its own sequence alone.
+A token's result, and so every number that is not finite, depends on its own sequence alone (unless it is computed
+together with others, which asks for finite numbers).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from fedlora.adapters.lora import Plan
-from fedlora.learning.blockwise import Block, block, block_diagonal, partition, shape
+from fedlora.learning.blockwise import Block, block, block_diagonal, rooms
 
 KNOWN = {
     name: layers
@@ -102,9 +103,9 @@ class _Unpack(torch.autograd.Function):
         return grad, None
 
 
-def packing(mask: Tensor, heads: int, dtype: torch.dtype) -> Packing | None:
+def packing(mask: Tensor, heads: int, dtype: torch.dtype, together: bool = False) -> Packing | None:
     """How a batch is packed; None where its padding is not at the right. ``mask``: (sequences, longest), 1 where a
-    token is.
+    token is; ``together``: see ``rooms``.
 
     >>> found = packing(torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]]), 1, torch.float32)
     >>> found.source.tolist(), found.starts
@@ -123,10 +124,9 @@ def packing(mask: Tensor, heads: int, dtype: torch.dtype) -> Packing | None:
     outward = np.empty((total + more, heads), dtype=np.int64)
     blocks: list[Block] = []
     size = 0
-    for rows in partition(lengths):
-        made = block(starts[rows], lengths[rows], heads, size, dtype, mask.device)
-        for start, length, at in zip(starts[rows], lengths[rows], made.places(heads)):
-            outward[start : start + length] = at[:, :length].T
+    for room in rooms(lengths, dtype, together):
+        made, tokens, outputs = block(room, starts[:-1], lengths, heads, size, mask.device)
+        outward[tokens] = outputs
         blocks.append(made)
         size = made.stop
     outward[total:] = size  # a row of zeros
@@ -140,14 +140,15 @@ def packing(mask: Tensor, heads: int, dtype: torch.dtype) -> Packing | None:
     )
 
 
-def packed_sizes(lengths: np.ndarray, dtype: torch.dtype) -> tuple[int, int]:
-    """(tokens, scores) that are computed for sequences of some lengths, what fills up included.
+def packed_sizes(lengths: np.ndarray, dtype: torch.dtype, together: bool = False) -> tuple[int, int]:
+    """(tokens, scores) that are computed for sequences of some lengths, what fills up included; ``together``: see
+    ``rooms``.
 
     >>> packed_sizes(np.array([2, 1, 3]), torch.float32), packed_sizes(np.array([40, 50]), torch.bfloat16)
     ((6, 27), (96, 32768))
     """
-    blocks = [shape(len(rows), int(lengths[rows].max()), dtype) for rows in partition(lengths)]
-    return filled(int(lengths.sum()), dtype), sum(rows * length**2 for rows, length, _ in blocks)
+    shapes = [room.shape for room in rooms(lengths, dtype, together)]
+    return filled(int(lengths.sum()), dtype), sum(rows * length**2 for rows, length in shapes)
 
 
 def filled(tokens: int, dtype: torch.dtype) -> int:
