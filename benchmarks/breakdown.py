@@ -15,7 +15,7 @@ from benchmarks.report import Report
 from fedlora.federation.rounds import rounds
 from fedlora.learning.backbone import load_backbone
 from fedlora.learning.batches import lanes_for
-from fedlora.study.resolution import TOKENS
+from fedlora.study.resolution import FAST
 
 CLIENTS, STEPS, WARM = 20, 5, 3
 KINDS: Mapping[str, tuple[str, ...]] = {
@@ -58,8 +58,8 @@ def run(quick: bool = False) -> Report:
     clients, warm = (4, 1) if quick else (CLIENTS, WARM)
     backbone = load_backbone("minilm", "text-classification", labels=LABELS, dtype=torch.bfloat16)
     given = world(SHAPES[0], clients, STEPS, backbone.spec(RANK, 16.0))
-    lanes = lanes_for(TOKENS, given.examples.lengths, given.shape.batch, clients)
-    reports = rounds(given.algorithm, given.spec, fleet(backbone, given, lanes, TOKENS), total=warm + 2, seed=SEED)
+    lanes = lanes_for(FAST, given.examples.lengths, given.shape.batch, clients)
+    reports = rounds(given.algorithm, given.spec, fleet(backbone, given, lanes, FAST), total=warm + 2, seed=SEED)
     for _ in range(warm + 1):  # round 0 is the start
         next(reports)
     with profile(activities=[ProfilerActivity.CPU]):
@@ -70,7 +70,7 @@ def run(quick: bool = False) -> Report:
     seconds = sum(event.self_cpu_time_total for event in averages) / 1e6
     found = shares(averages, seconds)
     work = MINILM.per_step(given.examples.lengths, given.client_steps) * given.client_steps
-    best = peak(MINILM, min(TOKENS, lanes * given.shape.batch * 32))
+    best = peak(MINILM, min(FAST, lanes * given.shape.batch * 32))
     products = next(iter(KINDS))
     threads = torch.get_num_threads()
     details = {"shares": found, "seconds": seconds, "flops": work, "bf16_gemm_peak": best, "threads": threads}

@@ -21,7 +21,7 @@ from benchmarks.peers.processes import Run, Setting
 from benchmarks.report import Report
 from fedlora.federation.spec import ModelSpec
 from fedlora.learning.backbone import load_backbone
-from fedlora.study.resolution import TOKENS
+from fedlora.study.resolution import FAST
 
 MINILM = Encoder(layers=6, width=384, inner=1536, rank=RANK)
 
@@ -139,7 +139,7 @@ def measured(case: Case, settings: Sequence[Setting], folder: Path, spec: ModelS
             outcomes[way] = tuned(way, case, settings, folder, spec)
     lengths, most = case.lengths(spec), 0.0
     for _ in range(case.repeats):
-        most = max(most, peak(MINILM, min(TOKENS, round(case.clients * case.shape.batch * lengths.mean()))))
+        most = max(most, peak(MINILM, min(FAST, round(case.clients * case.shape.batch * lengths.mean()))))
         for way, outcome in outcomes.items():
             if outcome.failure is None and (found := attempt(way, case, outcome, folder, spec)) is not None:
                 outcome.runs.append(found)
@@ -178,7 +178,7 @@ def notes(results: Sequence[Measured], found: Mapping[str, Mapping[str, str]]) -
         "examples load it for every message) and a batch is padded to its own longest text",
         "share of the peak: products of a client-step without padding, counted by hand, against the products of one "
         "layer of frozen linears at the tokens of a fused pass, measured between the turns",
-        f'fedlora: everything "auto" (lanes that fill {TOKENS} tokens a pass; '
+        f'fedlora: everything "auto" (lanes that fill {FAST} tokens a pass; '
         + "; ".join(f"{name}: {' or '.join(kinds)}" for name, kinds in types.items() if kinds)
         + '); no dropout; a process per core: the same with [engine] name = "ray", one thread each',
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 
 from fedlora.adapters.lora import Dropout, Factors, Plan
 from fedlora.federation.orders import Fit, Model, Optimizer, Score
+from fedlora.learning import blockwise
+from fedlora.learning import packing as packed
 from fedlora.learning.backbone import LONG, Backbone, load_backbone
 from fedlora.learning.batches import evenly
-from fedlora.learning.blockwise import BIN, BLOCK, partition
+from fedlora.learning.blockwise import BIN, BLOCK, block, block_diagonal, partition, rooms
 from fedlora.learning.fitting import Diverged
 from fedlora.learning.packing import packable, packed_sizes, packing
 from learning.test_batches import texts
@@ -110,6 +113,57 @@ def test_bfloat16_is_as_near_to_the_exact_numbers_as_with_padding(kind: str) -> 
     assert apart(packed[1], exact[1]) < 1.5 * apart(padded[1], exact[1])
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=60))
+def test_rows_that_sequences_share_have_room_for_them(lengths: list[int]) -> None:
+    sizes = np.array(lengths)
+    found = rooms(sizes, torch.bfloat16, together=True)
+    assert sorted(np.concatenate([room.sequences for room in found]).tolist()) == list(range(len(lengths)))
+    for room in found:
+        taken = np.zeros(room.shape, dtype=int)
+        for sequence, row, offset in zip(room.sequences, room.row, room.offset):
+            assert offset + sizes[sequence] <= room.shape[1]
+            taken[row, offset : offset + sizes[sequence]] += 1
+        assert taken.max() == 1
+    apart = rooms(sizes, torch.bfloat16)
+    assert len(found) <= len(apart)
+    assert not any(room.shared for room in [*apart, *rooms(sizes, torch.float32, together=True)])
+    mask = (torch.arange(sizes.max()) < torch.tensor(lengths)[:, None]).long()
+    made = packing(mask, 2, torch.bfloat16, together=True)
+    assert made is not None
+    scores = sum(rows * length**2 for rows, length in (b.shape for b in made.blocks))
+    assert packed_sizes(sizes, torch.bfloat16, together=True) == (len(made.source), scores)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 140), min_size=1, max_size=12), st.booleans(), st.integers(0, 9))
+def test_sequences_in_one_row_see_themselves_alone(lengths: list[int], causal: bool, seed: int) -> None:
+    """Against each sequence's own attention, forwards and backwards, in float64."""
+    heads, size, scale, total = 3, 5, 0.4, sum(lengths)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    outward, blocks, at = np.empty((total, heads), dtype=np.int64), [], 0
+    for room in blockwise._shared(np.array(lengths)):
+        wide = replace(room, dtype=torch.float64)
+        made, tokens, outputs = block(wide, starts[:-1], np.array(lengths), heads, at, torch.device("cpu"))
+        outward[tokens], at = outputs, made.stop
+        blocks.append(made)
+    draw = torch.Generator().manual_seed(seed)
+    given = [torch.randn(total * heads, size, generator=draw, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    grad = torch.randn(total * heads, size, generator=draw, dtype=torch.float64)
+    found = block_diagonal(*given, blocks, torch.from_numpy(outward.reshape(-1)), scale, causal)
+    q, k, v = (x.view(total, heads, size).split(lengths) for x in given)
+    own = [
+        torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(0, 1) for x in one), is_causal=causal, scale=scale
+        ).transpose(0, 1)
+        for one in zip(q, k, v)
+    ]
+    wanted = torch.cat(own).reshape(total * heads, size)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    for mine, other in zip(torch.autograd.grad(found, given, grad), torch.autograd.grad(wanted, given, grad)):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+
+
 def test_who_is_packed() -> None:
     assert packable(bert()) is not None
     assert not backbone("gpt2").packs(8)  # its layers are not known
@@ -182,9 +236,15 @@ def order(tree: dict[str, torch.Tensor]) -> Fit:
     return Fit(Model(tree), ("A", "B", "head"), steps=2, batch_size=4, optimizer=Optimizer("sgd", 0.1))
 
 
+@pytest.mark.parametrize("rows", ["apart", "shared"])
 @pytest.mark.parametrize("broken", ["factor", "overflow"])
-def test_a_lane_that_is_not_finite_leaves_the_others_alone_in_bfloat16(broken: str) -> None:
-    """Lanes then share two products, in which zero times infinity is not a number: the pass is done again apart."""
+def test_a_lane_that_is_not_finite_leaves_the_others_alone_in_bfloat16(
+    broken: str, rows: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lanes then share two products, in which zero times infinity is not a number, and rows of attention: the pass is
+    done again apart."""
+    if rows == "shared":
+        monkeypatch.setattr(packed, "rooms", lambda n, kind, all=False: blockwise._shared(n) if all else rooms(n, kind))
     base = backbone("bert", torch.bfloat16)
     found = []
     for ill in (False, True):
