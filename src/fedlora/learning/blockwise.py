@@ -11,6 +11,7 @@ gather.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -127,21 +128,22 @@ def _alone(found: np.ndarray, lengths: np.ndarray, dtype: torch.dtype) -> Room:
 
 
 def _shared(lengths: np.ndarray) -> list[Room]:
-    """First fit, the longest first: a sequence goes into the first row that has room, or opens one."""
-    sizes, left, counts = list[int](), list[int](), dict[int, int]()
-    numbers: list[int] = []
+    """Best fit, the longest first: a sequence goes into the row that it fills best, or opens one."""
+    opened: list[tuple[int, int]] = []  # (room left, row), ascending
+    sizes, numbers, counts = list[int](), list[int](), dict[int, int]()  # of a row: its length and number; rows by length
     places: dict[int, list[tuple[int, int, int]]] = {}
     for k in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[k])
-        row = next((i for i, free in enumerate(left) if free >= length), len(left))
-        if row == len(left):
-            size = max(SHARED, 1 << (length - 1).bit_length())
-            sizes.append(size)
-            left.append(size)
-            numbers.append(counts.get(size, 0))
-            counts[size] = numbers[-1] + 1
-        places.setdefault(sizes[row], []).append((k, numbers[row], sizes[row] - left[row]))
-        left[row] -= length
+        fit = bisect_left(opened, (length, 0))
+        if fit < len(opened):
+            left, row = opened.pop(fit)
+        else:
+            left, row = max(SHARED, 1 << (length - 1).bit_length()), len(sizes)
+            sizes.append(left)
+            numbers.append(counts.get(left, 0))
+            counts[left] = numbers[-1] + 1
+        places.setdefault(sizes[row], []).append((k, numbers[row], sizes[row] - left))
+        insort(opened, (left - length, row))
     found: list[Room] = []
     for size, given in sorted(places.items()):
         sequences, row, offset = np.array(given).T
