@@ -130,7 +130,8 @@ def _alone(found: np.ndarray, lengths: np.ndarray, dtype: torch.dtype) -> Room:
 def _shared(lengths: np.ndarray) -> list[Room]:
     """Best fit, the longest first: a sequence goes into the row that it fills best, or opens one."""
     opened: list[tuple[int, int]] = []  # (room left, row), ascending
-    sizes, numbers, counts = list[int](), list[int](), dict[int, int]()  # of a row: its length and number; rows by length
+    sizes, numbers = list[int](), list[int]()  # of each row: its length, its number among those of that length
+    counts: dict[int, int] = {}
     places: dict[int, list[tuple[int, int, int]]] = {}
     for k in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[k])
