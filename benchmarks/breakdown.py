@@ -15,11 +15,12 @@ from benchmarks.report import Report
 from fedlora.federation.rounds import rounds
 from fedlora.learning.backbone import load_backbone
 from fedlora.learning.batches import lanes_for
+from fedlora.learning.prepacked import prepacks
 from fedlora.study.resolution import FAST
 
 CLIENTS, STEPS, WARM = 20, 5, 3
 KINDS: Mapping[str, tuple[str, ...]] = {
-    "products of linear layers and adapters": ("mm", "addmm"),
+    "products of linear layers and adapters": ("mm", "addmm", "addmm_", "_linear_pointwise"),
     "attention: products by head, softmax, rows to heads and back": (
         "bmm",
         "baddbmm",
@@ -40,7 +41,7 @@ def kind_of(name: str) -> str:
     >>> kind_of("aten::addmm"), kind_of("Optimizer.step#AdamW.step") == REST
     ('products of linear layers and adapters', True)
     """
-    short = name.removeprefix("aten::")
+    short = name.rpartition("::")[2]
     return next((kind for kind, names in KINDS.items() if short in names), REST)
 
 
@@ -57,6 +58,7 @@ def run(quick: bool = False) -> Report:
     """One round after some that warm up, by the profiler."""
     clients, warm = (4, 1) if quick else (CLIENTS, WARM)
     backbone = load_backbone("minilm", "text-classification", labels=LABELS, dtype=torch.bfloat16)
+    backbone.prepacked = prepacks(backbone.module)
     given = world(SHAPES[0], clients, STEPS, backbone.spec(RANK, 16.0))
     lanes = lanes_for(FAST, given.examples.lengths, given.shape.batch, clients)
     reports = rounds(given.algorithm, given.spec, fleet(backbone, given, lanes, FAST), total=warm + 2, seed=SEED)
