@@ -104,6 +104,18 @@ def test_a_base_that_trains_beside_its_adapter():
     torch.testing.assert_close(found[1], grad.sum(0))
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_a_weight_that_is_replaced_for_one_pass_is_that_of_its_gradient(together):
+    """A frozen weight of a model's own, beside an adapter that trains: by then the layer has its first one again."""
+    x, slot, layer = draw(6, TOKENS, IN).requires_grad_(), factors(3, False), LaneLinear(linear(), "s")
+    own, plan = draw(OUT, IN, seed=8), Plan(SEGMENTS, {"s": (slot,)})
+    with applied([layer], plan.together(x.dtype, x.device) if together else plan):
+        y = torch.func.functional_call(layer, {"base.weight": own}, (x,))
+    (found,) = torch.autograd.grad(y.sum(), x)
+    weights = torch.stack([own + dense_change(slot, lane) for lane in LANE_OF_ROW])
+    torch.testing.assert_close(found, weights.sum(1)[:, None].expand_as(x))
+
+
 def test_gate_receives_its_gradient():
     gate = draw(6, seed=5).requires_grad_()
     slot, x = factors(2, False, gate=gate), draw(6, TOKENS, IN)

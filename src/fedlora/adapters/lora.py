@@ -126,7 +126,7 @@ class _LowRank(torch.autograd.Function):
                 into.add_(v @ b[lane].T, alpha=scale[lane])
             inner.append(u)
         ctx.save_for_backward(x, a, b, c, *inner)
-        ctx.scale, ctx.segments, ctx.kept, ctx.base = scale, segments, kept, y if isinstance(y, nn.Linear) else None
+        ctx.scale, ctx.segments, ctx.kept, ctx.weight = scale, segments, kept, _held(y)
         return out
 
     @staticmethod
@@ -135,7 +135,7 @@ class _LowRank(torch.autograd.Function):
         x, a, b, c, *inner = ctx.saved_tensors
         need_x, need_a, need_b, need_c = ctx.needs_input_grad[1:5]
         grad = _cast(grads[0], x)
-        gx = _through(ctx.base, grad, x) if need_x else None
+        gx = _through(ctx.weight, grad, x) if need_x else None
         ga, gb = (torch.zeros_like(v, dtype=ctx.kept) if need else None for v, need in ((a, need_a), (b, need_b)))
         gc = torch.zeros_like(c, dtype=ctx.kept) if need_c else None
         for (lane, start, stop), u in zip(ctx.segments, inner):
@@ -149,8 +149,8 @@ class _LowRank(torch.autograd.Function):
             if ga is not None:
                 ga[lane] = du.T @ x[start:stop].flatten(0, -2)
             if gx is not None:
-                gx[start:stop].flatten(0, -2).addmm_(du, a[lane], beta=0 if ctx.base is None else 1)
-        return grads[0] if ctx.base is None else None, gx, ga, gb, gc, None, None
+                gx[start:stop].flatten(0, -2).addmm_(du, a[lane], beta=0 if ctx.weight is None else 1)
+        return grads[0] if ctx.weight is None else None, gx, ga, gb, gc, None, None
 
 
 class _LowRankTogether(torch.autograd.Function):
@@ -174,7 +174,7 @@ class _LowRankTogether(torch.autograd.Function):
         out = _said(y, x)
         out.flatten(0, -2).addmm_(v, b)
         ctx.save_for_backward(x, a, b, c, u, scale, owner)
-        ctx.kept, ctx.base = kept, y if isinstance(y, nn.Linear) else None
+        ctx.kept, ctx.weight = kept, _held(y)
         return out
 
     @staticmethod
@@ -195,10 +195,10 @@ class _LowRankTogether(torch.autograd.Function):
         if need_c:
             every = (dv.T @ u).to(ctx.kept).unflatten(1, (lanes, -1)).unflatten(0, (lanes, -1))
             gc = every.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        gx = _through(ctx.base, g.view_as(grads[0]), x) if need_x else None
+        gx = _through(ctx.weight, g.view_as(grads[0]), x) if need_x else None
         if gx is not None:
-            gx.flatten(0, -2).addmm_(du, a, beta=0 if ctx.base is None else 1)
-        return grads[0] if ctx.base is None else None, gx, ga, gb, gc, None, None
+            gx.flatten(0, -2).addmm_(du, a, beta=0 if ctx.weight is None else 1)
+        return grads[0] if ctx.weight is None else None, gx, ga, gb, gc, None, None
 
 
 def _said(y: Tensor | nn.Linear, x: Tensor) -> Tensor:
@@ -208,11 +208,16 @@ def _said(y: Tensor | nn.Linear, x: Tensor) -> Tensor:
     return y.clone(memory_format=torch.contiguous_format)
 
 
-def _through(base: nn.Linear | None, grad: Tensor, x: Tensor) -> Tensor:
+def _held(y: Tensor | nn.Linear) -> Tensor | None:
+    """The base's weight as it is in this pass: it may be replaced for it alone."""
+    return y.weight.detach() if isinstance(y, nn.Linear) else None
+
+
+def _through(weight: Tensor | None, grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of x through the base, to be added to; only its room where the base is not in the node."""
-    if base is None:
+    if weight is None:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
-    return grad @ base.weight
+    return grad @ weight
 
 
 def _diagonal(c: Tensor) -> Tensor:
@@ -268,9 +273,9 @@ class LaneLinear(nn.Module):
             return self.base(x)
         merged = plan.merged.get(self.site)
         slots, dense = plan.slots.get(self.site, ()), plan.dense.get(self.site, ())
-        if merged is None and not dense and plan.dropout is None and (frozen := self._frozen(slots)) is not None:
+        if merged is None and not dense and plan.dropout is None and (base := self._frozen(slots)) is not None:
             rows = _rows(x, plan, self.site)
-            return _lowrank(frozen, rows, slots[0], plan).reshape(*x.shape[:-1], self.out_features)
+            return _lowrank(base, rows, slots[0], plan).reshape(*x.shape[:-1], self.out_features)
         y: Tensor = self.base(x) if merged is None else functional.linear(x, merged, _bias(self.base))
         if not slots and not dense:
             return y
@@ -295,8 +300,7 @@ class LaneLinear(nn.Module):
         base = self.base
         if type(base) is not nn.Linear or len(slots) != 1 or slots[0].gate is not None:
             return None
-        trains = any(value.requires_grad for value in (base.weight, _bias(base)) if value is not None)
-        return None if trains else base
+        return base if frozen(base) else None
 
 
 def _lowrank(y: Tensor | nn.Linear, x: Tensor, slot: Factors, plan: Plan) -> Tensor:
@@ -353,6 +357,11 @@ def sizes(base: nn.Module) -> tuple[int, int]:
         if hasattr(base, out) and hasattr(base, inner):
             return int(getattr(base, out)), int(getattr(base, inner))
     raise TypeError(f"{type(base).__name__} is not linear-like: it names no in_features and out_features")
+
+
+def frozen(base: nn.Linear) -> bool:
+    """Whether a linear layer does not train."""
+    return not any(value.requires_grad for value in (base.weight, _bias(base)) if value is not None)
 
 
 def mergeable(base: nn.Module) -> bool:

@@ -256,7 +256,7 @@ def gram(matrix: Tensor, rank: int) -> Leading:
     SVD makes it triplets, orthonormal also where singular values are too small for their squares."""
     if matrix.shape[0] > matrix.shape[1]:
         return gram(matrix.T, rank).swapped
-    values, vectors = linalg.eigh(matrix @ matrix.T)
+    values, vectors = linalg.eigh(_squares(matrix))
     u = vectors[:, -rank:]
     right, core = _qr(matrix.T @ u)
     inner, s, vt = _svd(core.T)

@@ -22,7 +22,7 @@ from fedlora.adapters.lora import LaneLinear, Plan, applied
 from fedlora.errors import UserError
 from fedlora.federation.spec import Extras, ModelSpec, Tree
 from fedlora.learning.checkpointing import checkpointable, checkpointed, surrounded
-from fedlora.learning.packing import Known, Layers, Packing, Reached, packable, packed, packing, until
+from fedlora.learning.packing import Known, Layers, Packing, below, packable, packed, packing
 from fedlora.learning.pooled import POOLINGS, hidden_size, masked_mean
 from fedlora.learning.prefix import Prefix
 from fedlora.learning.prepacked import Prepacked, using
@@ -167,14 +167,7 @@ class Backbone:
 
         def alone(row: int) -> Tensor:
             own = {name: value[row : row + 1, : int(lengths[row])] for name, value in inputs.items()}
-            layers = cast(Layers, self._stack)
-            single = cast(Packing, packing(own["attention_mask"], layers.heads, self.dtype))
-            with torch.no_grad(), packed(layers, single), until(layers, prefix.depth):
-                try:
-                    self._call(own, {})
-                except Reached as end:
-                    return end.hidden[: int(lengths[row]), 0].clone()
-            raise AssertionError("a pass went beyond the layer that it was to end at")
+            return below(cast(Layers, self._stack), prefix.depth, self.dtype, own, partial(self._call, own, {}))
 
         counted = is_in_torch_dispatch_mode()
         with _disable_current_modes():

@@ -288,7 +288,8 @@ class Learner:
                 with self.watched(taken[0].kind, [name], group, [ready.job.client for ready in taken], together):
                     outputs = stack.outputs(inputs, group.segments, masks, together=together)
                 if together and not finite((outputs.logits, outputs.features)):  # whose it is only lanes apart say
-                    outputs = stack.outputs(inputs, group.segments, masks)
+                    with self.watched(taken[0].kind, [name], group, [ready.job.client for ready in taken], False):
+                        outputs = stack.outputs(inputs, group.segments, masks)
                 yield group, outputs, labels
 
     def watched(

@@ -11,7 +11,7 @@ together with others, which asks for finite numbers).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -219,6 +219,20 @@ def until(found: Layers, depth: int) -> Generator[None]:
         yield
     finally:
         handle.remove()
+
+
+def below(
+    found: Layers, depth: int, dtype: torch.dtype, inputs: Mapping[str, Tensor], call: Callable[[], Any]
+) -> Tensor:
+    """(tokens, width) what the layers below ``depth`` say of one text; ``call``: a pass of its inputs."""
+    alone = packing(inputs["attention_mask"], found.heads, dtype)
+    assert alone is not None
+    with torch.no_grad(), packed(found, alone), until(found, depth):
+        try:
+            call()
+        except Reached as end:
+            return end.hidden[: alone.starts[-1], 0].clone()
+    raise AssertionError("a pass went beyond the layer that it was to end at")
 
 
 def _as_it_came(hidden: Tensor, *_: Any, **__: Any) -> Tensor:

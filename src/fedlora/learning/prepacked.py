@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from fedlora.adapters.lora import frozen
 from fedlora.adapters.lowrank import halves_are_fast
 
 ROWS = 2048
@@ -42,11 +43,10 @@ class Prepacked:
     packed: Tensor
 
     def __call__(self, input: Tensor) -> Tensor:
-        weight, bias = self.layer.weight, self.layer.bias
+        weight = self.layer.weight
         same = weight.data_ptr() == self.source.data_ptr() and weight._version == self.version
-        trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if not same or trains or input.dtype != torch.bfloat16:
-            return functional.linear(input, weight, bias)
+        if not same or not frozen(self.layer) or input.dtype != torch.bfloat16:
+            return functional.linear(input, weight, self.layer.bias)
         node: Any = _Product
         return node.apply(input, self)
 
@@ -75,8 +75,7 @@ def prepacks(module: nn.Module) -> list[Prepacked]:
 
 
 def _gains(layer: nn.Linear) -> bool:
-    weight = layer.weight
-    kind = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not weight.requires_grad
+    kind = layer.weight.dtype == torch.bfloat16 and layer.weight.device.type == "cpu" and frozen(layer)
     return kind and halves_are_fast() and torch.backends.mkldnn.is_available()
 
 
