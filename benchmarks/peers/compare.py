@@ -21,7 +21,7 @@ from benchmarks.peers.processes import Run, Setting
 from benchmarks.report import Report
 from fedlora.federation.spec import ModelSpec
 from fedlora.learning.backbone import load_backbone
-from fedlora.study.resolution import FAST
+from fedlora.study.resolution import FAST, TOKENS
 
 MINILM = Encoder(layers=6, width=384, inner=1536, rank=RANK)
 
@@ -178,7 +178,7 @@ def notes(results: Sequence[Measured], found: Mapping[str, Mapping[str, str]]) -
         "examples load it for every message) and a batch is padded to its own longest text",
         "share of the peak: products of a client-step without padding, counted by hand, against the products of one "
         "layer of frozen linears at the tokens of a fused pass, measured between the turns",
-        f'fedlora: everything "auto" (lanes that fill {FAST} tokens a pass; '
+        f'fedlora: everything "auto" (lanes that fill {FAST} tokens a pass in bfloat16, {TOKENS} in float32; '
         + "; ".join(f"{name}: {' or '.join(kinds)}" for name, kinds in types.items() if kinds)
         + '); no dropout; a process per core: the same with [engine] name = "ray", one thread each',
     ]
