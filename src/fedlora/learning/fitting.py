@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters.lora import Dropout
-from fedlora.federation.orders import Batch, Fit, Outputs, Tuned, cross_entropy
+from fedlora.federation.orders import Batch, Fit, Optimizer, Outputs, Tuned, cross_entropy
 from fedlora.learning.batches import Group, rows_of
 from fedlora.learning.lanes import Stack, finite, own_part, padded, place, working
-from fedlora.learning.optim import Block, build, clip, plan
+from fedlora.learning.optim import Stepper, clip, plan
 
 if TYPE_CHECKING:
     from fedlora.learning.learner import Learner, Ready
@@ -37,7 +37,7 @@ class Lane:
     ready: Ready
     order: Fit
     batches: list[Tensor]
-    optimizer: torch.optim.Optimizer
+    stepper: Stepper
     anchor: Tensor | None
     anchored: Tensor | None
     step: int = 0
@@ -49,7 +49,7 @@ class Fits:
     """Compatible fits in lanes.
 
     Trained values, their gradients and moments are one flat row per lane, (lanes, P), zero-padded to common ranks:
-    norm, clipping and optimiser are row operations. A lane that ends is taken by the next job, with a fresh optimiser.
+    norm, clipping and optimiser are row operations. A lane that ends is taken by the next job, whose moments are fresh.
     """
 
     def __init__(self, learner: Learner, first: Ready, lanes: int) -> None:
@@ -70,6 +70,7 @@ class Fits:
         )
         self.leaves = [self._view(self.values, block).detach().requires_grad_() for block in self.blocks]
         self.views = [self._view(self.grads, block) for block in self.blocks]
+        self.steppers: dict[Optimizer, Stepper] = {}  # lanes mostly agree: one call steps them all
         self.stacks: dict[str, Stack] = {}
         for name, held in first.models.items():
             leaves = {block[1]: leaf for block, leaf in zip(self.blocks, self.leaves) if block[0] == name}
@@ -103,6 +104,7 @@ class Fits:
         sums = self._gradients(active)
         self.learner.steps += len(active)
         done: list[tuple[int, Any]] = []
+        going: dict[Stepper, dict[int, Lane]] = {}
         norms = torch.linalg.vector_norm(self.grads, dim=1)
         for (k, lane), norm in zip(active.items(), norms[list(active)].tolist()):
             for what, value in (("loss", sums[k]), ("gradient's norm", norm)):
@@ -114,7 +116,10 @@ class Fits:
             else:
                 if lane.order.optimizer.clip is not None:
                     clip(self.grads[k], norms[k], lane.order.optimizer.clip)
-                lane.optimizer.step()
+                going.setdefault(lane.stepper, {})[k] = lane
+        for stepper, lanes in going.items():
+            stepper.step(lanes)
+            for k, lane in lanes.items():
                 lane.total += sums[k]
                 lane.seen += len(lane.batches[lane.step])
                 lane.step += 1
@@ -130,17 +135,24 @@ class Fits:
         for name, held in ready.models.items():
             self.stacks[name].load(k, held)
         self.grads[k].zero_()
-        blocks: list[Block] = [(key, start, stop) for _, key, _, start, stop in self.blocks]
         anchor, anchored = self._anchor(order)
         generator = torch.Generator().manual_seed(ready.job.seed)
         self.lanes[k] = Lane(
             ready,
             order,
             plan(len(ready.units), order, generator),
-            build(order.optimizer, blocks, self.values[k], self.grads[k]),
+            self._stepper(k, order.optimizer),
             anchor,
             anchored,
         )
+
+    def _stepper(self, k: int, optimizer: Optimizer) -> Stepper:
+        """The optimiser of these settings, with nothing that it knew of the lane."""
+        if optimizer not in self.steppers:
+            blocks = [(key, start, stop) for _, key, _, start, stop in self.blocks]
+            self.steppers[optimizer] = Stepper(optimizer, blocks, self.values, self.grads)
+        self.steppers[optimizer].fresh(k)
+        return self.steppers[optimizer]
 
     def _anchor(self, order: Fit) -> tuple[Tensor | None, Tensor | None]:
         """The proximal term's anchor as a flat row, and 1 where there is one."""
@@ -158,10 +170,11 @@ class Fits:
         lane = self.lanes[k]
         assert lane is not None
         models = {name: dict(held.params) for name, held in lane.ready.models.items()}
+        row = self.values[k].clone()  # at once: the entries are many and small
         for name, key, shape, start, stop in self.blocks:
             given = models[name][key]
-            value = own_part(self.values[k, start:stop].view(shape), tuple(given.shape))
-            models[name][key] = value.to(given.device, given.dtype, copy=True).contiguous()
+            value = own_part(row[start:stop].view(shape), tuple(given.shape))
+            models[name][key] = value.to(given.device, given.dtype).contiguous()
         self.lanes[k] = None
         sums = {"train_loss": (lane.total, float(lane.seen))}
         return lane.ready.ticket, Tuned(models, sums, lane.step)

@@ -58,7 +58,7 @@ def padded(key: str, shape: Shape, ranks: Mapping[str, int]) -> Shape:
 
 def own_part(value: Tensor, shape: Shape) -> Tensor:
     """The leading corner of a padded array that belongs to its owner."""
-    return value[tuple(slice(0, size) for size in shape)]
+    return value if value.shape == shape else value[tuple(slice(0, size) for size in shape)]
 
 
 def structure(held: Held, ranks: Mapping[str, int]) -> tuple[object, ...]:
@@ -329,7 +329,8 @@ def finite(values: Iterable[Tensor | None]) -> bool:
 
 def place(target: Tensor, value: Tensor) -> None:
     """Writes a value into the leading corner of a padded array; the rest is zero."""
-    target.zero_()
+    if target.shape != value.shape:
+        target.zero_()
     own_part(target, tuple(value.shape)).copy_(value)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -63,17 +63,36 @@ def groups(optimizer: Optimizer, blocks: Sequence[Block]) -> list[tuple[int, int
     return out
 
 
-def build(optimizer: Optimizer, blocks: Sequence[Block], values: Tensor, grads: Tensor) -> torch.optim.Optimizer:
-    """A fresh torch optimiser on slices of one lane's row: it computes what it would on the separate parameters, since
-    its formulas are elementwise. It updates ``values`` in place."""
-    parameters: list[dict[str, Any]] = []
-    for start, stop, lr, decay in groups(optimizer, blocks):
-        leaf = values[start:stop].detach().requires_grad_()
-        leaf.grad = grads[start:stop]
-        parameters.append({"params": [leaf], "lr": lr, "weight_decay": decay})
-    if optimizer.name == "adamw":
-        return torch.optim.AdamW(parameters, lr=optimizer.lr, fused=True)
-    return torch.optim.SGD(parameters, lr=optimizer.lr, momentum=optimizer.momentum)
+class Stepper:
+    """A torch optimiser on slices of the rows of all lanes, (lanes, P), each with moments of its own: it computes what
+    separate ones would on the separate parameters, since its formulas are elementwise. It updates ``values`` in place.
+    """
+
+    def __init__(self, optimizer: Optimizer, blocks: Sequence[Block], values: Tensor, grads: Tensor) -> None:
+        self.parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in values]  # by lane: (numbers, their gradients)
+        parameters: list[dict[str, Any]] = []
+        for start, stop, lr, decay in groups(optimizer, blocks):
+            leaves = [row[start:stop].detach().requires_grad_() for row in values]
+            for lane, (leaf, row) in enumerate(zip(leaves, grads)):
+                self.parts[lane].append((leaf, row[start:stop]))
+            parameters.append({"params": leaves, "lr": lr, "weight_decay": decay})
+        self.inner: torch.optim.Optimizer
+        if optimizer.name == "adamw":
+            self.inner = torch.optim.AdamW(parameters, lr=optimizer.lr, fused=True)
+        else:
+            self.inner = torch.optim.SGD(parameters, lr=optimizer.lr, momentum=optimizer.momentum)
+
+    def fresh(self, lane: int) -> None:
+        """A lane without a past."""
+        for leaf, _ in self.parts[lane]:
+            self.inner.state.pop(leaf, None)
+
+    def step(self, lanes: Collection[int]) -> None:
+        """One step in these lanes; the others stay as they are."""
+        for lane, parts in enumerate(self.parts):
+            for leaf, grad in parts:
+                leaf.grad = grad if lane in lanes else None
+        self.inner.step()
 
 
 def clip(grads: Tensor, norm: Tensor, largest: float) -> None:
