@@ -82,7 +82,7 @@ def cases(quick: bool) -> list[Case]:
     """Shapes of batches."""
     if quick:
         return [Case(shape.name, shape, 2, 1, 1, 1, pilot=2) for shape in SHAPES]
-    return [Case(shape.name, shape, 20, 5, 3, 2, pilot=10) for shape in SHAPES]
+    return [Case(shape.name, shape, 20, 5, 3, 3, pilot=10) for shape in SHAPES]
 
 
 def crowds(quick: bool) -> list[Case]:
