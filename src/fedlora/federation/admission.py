@@ -75,7 +75,7 @@ def fits(shape: Shape, expected: Shape) -> bool:
     >>> [fits(shape, (-1, 5)) for shape in ((0, 5), (7, 5), (7, 4), (5,))]
     [True, True, False, False]
     """
-    return len(shape) == len(expected) and all(e in (n, -1) for n, e in zip(shape, expected))
+    return shape == expected or len(shape) == len(expected) and all(e in (n, -1) for n, e in zip(shape, expected))
 
 
 def fault(

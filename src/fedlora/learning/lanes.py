@@ -64,13 +64,18 @@ def own_part(value: Tensor, shape: Shape) -> Tensor:
 def structure(held: Held, ranks: Mapping[str, int]) -> tuple[object, ...]:
     """What must agree for models to share a stack: everything but values, ranks, constant weights and scales."""
     model = held.model
-    trees = tuple(
-        tuple(sorted((key, padded(key, tuple(value.shape), ranks)) for key, value in tree.items()))
-        for tree in held.trees
-    )
+    known = tuple(ranks.items())
+    trees = tuple(_shapes(tuple((key, value.shape) for key, value in tree.items()), known) for tree in held.trees)
     gate = model.weights if callable(model.weights) else None
     shared = tuple(id(value) for tree in model.shared for value in tree.values())
     return (model.backbone, model.predict, gate, trees, shared, held.trained)
+
+
+@lru_cache(maxsize=256)  # clients' trees are alike
+def _shapes(entries: tuple[tuple[str, Shape], ...], ranks: tuple[tuple[str, int], ...]) -> tuple[object, ...]:
+    """Names and shapes, sorted, when factors have at least these ranks."""
+    known = dict(ranks)
+    return tuple(sorted((key, padded(key, shape, known)) for key, shape in entries))
 
 
 def anonymous(structure: tuple[object, ...]) -> tuple[object, ...]:
