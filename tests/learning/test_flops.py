@@ -13,7 +13,7 @@ from fedlora.learning.cnn import PIXELS
 from fedlora.learning.examples import Examples
 from fedlora.learning.flops import Counter, Meter
 from fedlora.learning.tasks import CausalLM, ImageClassification
-from learning.worlds import RANKS, adapter, backbone, distance, examples, learner, run, splits
+from learning.worlds import RANKS, adapter, backbone, distance, examples, learner, run, spec_of, splits
 
 aten = torch.ops.aten
 ON_CPUS = {  # torch's counter does not know them
@@ -22,7 +22,7 @@ ON_CPUS = {  # torch's counter does not know them
         sdpa_backward_flop_count(g, q, k, v)
     ),
 }
-SIZES = 4  # rows, tokens with and without padding, scores
+SIZES = 5  # rows, tokens with and without padding, scores, tokens that meet all lanes' factors
 CLIENTS = [f"c{k}" for k in range(6)]
 
 
@@ -61,6 +61,18 @@ def test_a_few_counted_passes_are_enough(model: str, kind: str, lanes: int, monk
     for client in CLIENTS:
         if isinstance(results[client], Tuned):
             assert distance(results[client].params, unseen[client].params) == 0
+
+
+@pytest.mark.parametrize("kind", ["fit", "score"])
+def test_factors_of_all_lanes_in_one_product_are_counted(kind: str, monkeypatch) -> None:
+    """And those of the last client's, which has its passes for itself."""
+    spec = spec_of(backbone(), torch.float32)
+    plain, counted = (learner(backbone(dtype=torch.bfloat16), 4, spec=spec) for _ in range(2))
+    run(counted, orders(counted.spec, kind))
+    monkeypatch.setattr(Meter, "cost", lambda *given: 0.0)
+    with Counter() as every:
+        run(plain, orders(plain.spec, kind))
+    assert counted.meter.total == pytest.approx(every.total, rel=1e-9)
 
 
 def test_fused_attention_is_counted_like_its_products() -> None:

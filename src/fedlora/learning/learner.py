@@ -307,15 +307,16 @@ class Learner:
 
     def _sizes(self, backbone: Backbone, name: str, lengths: np.ndarray, together: bool) -> list[float]:
         """What a pass over sequences of some lengths costs a linear function of: rows, tokens with and without padding,
-        scores."""
+        scores, and tokens that meet the factors of all lanes."""
         rows, longest = len(lengths), int(lengths.max())
         if (steady := self.steady(backbone, name)) is not None:
             longest, rows = steady.length(longest), steady.rows(rows, longest)
         padded = rows * longest
         if not self.packs(backbone, name):
-            return [rows, padded, padded * longest]
+            return [rows, padded, padded * longest, padded if together else 0]
         grown = np.concatenate([lengths, np.ones(rows - len(lengths), dtype=lengths.dtype)])
-        return [rows, padded, *packed_sizes(grown, backbone.dtype, together)]
+        tokens, scores = packed_sizes(grown, backbone.dtype, together)
+        return [rows, padded, tokens, scores, tokens if together else 0]
 
     def steady(self, backbone: Backbone, name: str) -> Steady | None:
         """Of which shapes a backbone's batches are; None: of any."""
