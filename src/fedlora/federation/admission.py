@@ -75,7 +75,7 @@ def fits(shape: Shape, expected: Shape) -> bool:
     >>> [fits(shape, (-1, 5)) for shape in ((0, 5), (7, 5), (7, 4), (5,))]
     [True, True, False, False]
     """
-    return shape == expected or len(shape) == len(expected) and all(e in (n, -1) for n, e in zip(shape, expected))
+    return shape == expected or (len(shape) == len(expected) and all(e in (n, -1) for n, e in zip(shape, expected)))
 
 
 def fault(
@@ -128,12 +128,10 @@ def _wrong(name: str, value: torch.Tensor, shape: Shape | None, dtype: torch.dty
 
 
 def _unbounded(arrays: Tree) -> str | None:
-    """The first array with a number that is not finite. A sum is finite only if all that it adds is: one look tells of
-    every array, unless a sum itself is too large."""
-    sums = [value.sum(dtype=torch.float64) for value in arrays.values()]
-    if not sums or bool(torch.stack(sums).isfinite().all()):
-        return None
-    return next((name for name, value in arrays.items() if not bool(value.isfinite().all())), None)
+    """The first array with a number that is not finite. A sum is finite only if all that it adds is: one look tells,
+    unless the sum itself is too large."""
+    doubtful = (name for name, value in arrays.items() if not math.isfinite(value.sum()))
+    return next((name for name in doubtful if not bool(arrays[name].isfinite().all())), None)
 
 
 def _rank(name: str, arrays: Tree, client: Client) -> Refusal | None:

@@ -82,6 +82,7 @@ class Learner:
         self._turns = 0
         self._pages = Pages()
         self._masks: dict[str, Tensor] = {}
+        self._checked: set[tuple[object, ...]] = set()
         self._waiting: dict[tuple[object, ...], deque[Ready]] = {}
         self._running: dict[tuple[object, ...], Fits] = {}
 
@@ -199,7 +200,11 @@ class Learner:
         if model.backbone not in self.backbones:
             raise KeyError(f"no backbone {model.backbone!r}, only {sorted(self.backbones)}")
         backbone = self.backbones[model.backbone]
-        check(model, backbone, self.spec.whole)
+        trees = (model.params, *model.others), model.shared
+        names = (model.backbone, *(tuple(tuple(tree) for tree in some) for some in trees))
+        if names not in self._checked:  # clients' models are alike
+            check(model, backbone, self.spec.whole)
+            self._checked.add(names)
         own: dict[str, Tensor] = {}
         if selectors:
             prefixes = {selector.split("/", 1)[0] for selector in selectors}
