@@ -43,6 +43,8 @@ class Unsuitable(UserError, ValueError):
 def equal_ranks(tree: Tree, client: Client, name: str, remedy: str = "use flexlora, flora or hetlora") -> None:
     """Refuses a client whose ranks (clamped to the sites' sizes) are not those of the server's adapter."""
     held = ranks(tree)
+    if client.ranks == held:
+        return
     sizes = {site: (tree[f"{site}/A"].shape[1], tree[f"{site}/B"].shape[0]) for site in held}
     own = {site: min(client.ranks[site], *sizes[site]) for site in held}
     if own != held:

@@ -144,8 +144,8 @@ class Extras:
 
     def treatment(self, name: str) -> str:
         """How a parameter of a tree is treated; what is no head, norm, embedding or backbone travels."""
-        kinds = {"head": self.head, "norm": self.norm, "embedding": self.embedding, "backbone": self.backbone}
-        return kinds.get(name.split("/", 1)[0], "share")
+        kind = name.split("/", 1)[0]
+        return getattr(self, kind) if kind in ("head", "norm", "embedding", "backbone") else "share"
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -164,4 +164,4 @@ class Extras:
 
     def staying(self, tree: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The entries that are trained and kept at home."""
-        return {name: value for name, value in tree.items() if self.treatment(name) == "private"}
+        return {name: value for name, value in tree.items() if self.personal and self.treatment(name) == "private"}

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -74,7 +74,7 @@ class Learner:
     own_labels: bool = False
 
     def __post_init__(self) -> None:
-        self.head = {k: v for k, v in self.spec.start(self.run_seed).items() if k.startswith("head/")}
+        self.head = {k: v for k, v in self._start.items() if k.startswith("head/")}
         self.merges = Merges()
         self.meter = Meter()
         self.steps = 0  # client-steps of training so far: what throughput counts
@@ -170,6 +170,11 @@ class Learner:
     def store(self, backbone: str) -> Examples:
         return self.examples if isinstance(self.examples, Examples) else self.examples[backbone]
 
+    @cached_property
+    def _start(self) -> dict[str, Tensor]:
+        """The whole parameters' start, drawn once."""
+        return self.spec.start(self.run_seed)
+
     def _width(self, key: tuple[object, ...]) -> int:
         return 1 if key[-1] is not None else self.lanes
 
@@ -210,9 +215,8 @@ class Learner:
             prefixes = {selector.split("/", 1)[0] for selector in selectors}
             own = {key: value.to(self.spec.dtype) for key, value in backbone.own(selectors).items()}
             if prefixes & {name.split("/", 1)[0] for name in self.spec.whole}:
-                start = self.spec.start(self.run_seed)
                 shared = prefixes if model.backbone == "base" else prefixes & {"head"}  # the others are the base's own
-                own |= {k: v for k, v in start.items() if k.split("/", 1)[0] in shared and readable(k, backbone)}
+                own |= {k: v for k, v in self._start.items() if k.split("/", 1)[0] in shared and readable(k, backbone)}
         params = {**own, **model.params}
         return Held(model, params, chosen(tuple(selectors), tuple(params)))
 
