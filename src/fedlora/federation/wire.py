@@ -80,7 +80,8 @@ def canonical(plain: Any) -> Any:
     if isinstance(plain, Tensor):
         return plain.contiguous()
     if isinstance(plain, Mapping):
-        return {key: canonical(child) for key, child in cast(Mapping[str, Any], plain).items()}
+        children = cast(Mapping[str, Any], plain).items()  # mostly tensors, and many
+        return {key: child.contiguous() if type(child) is Tensor else canonical(child) for key, child in children}
     if isinstance(plain, (list, tuple)):
         return [canonical(child) for child in cast(list[Any], plain)]
     return plain
