@@ -306,6 +306,8 @@ def test_orders_are_not_modified_and_results_are_their_own():
     assert a.data_ptr() != b.data_ptr()
     assert a.is_contiguous()
     assert not a.requires_grad
+    for value in tuned[CLIENTS[0]].params.values():  # who keeps one entry of a client keeps nothing else
+        assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
 
 
 def test_unequal_work_runs_side_by_side():

@@ -170,11 +170,11 @@ class Fits:
         lane = self.lanes[k]
         assert lane is not None
         models = {name: dict(held.params) for name, held in lane.ready.models.items()}
-        row = self.values[k].clone()  # at once: the entries are many and small
         for name, key, shape, start, stop in self.blocks:
             given = models[name][key]
-            value = own_part(row[start:stop].view(shape), tuple(given.shape))
-            models[name][key] = value.to(given.device, given.dtype).contiguous()
+            value = own_part(self.values[k, start:stop].view(shape), tuple(given.shape))
+            # each on its own: a view of a copied row would keep all of it where one entry is kept
+            models[name][key] = value.to(given.device, given.dtype, copy=True).contiguous()
         self.lanes[k] = None
         sums = {"train_loss": (lane.total, float(lane.seen))}
         return lane.ready.ticket, Tuned(models, sums, lane.step)
