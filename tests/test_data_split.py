@@ -191,7 +191,7 @@ def test_a_template_that_fills_a_client_falls_back_to_exact_copies() -> None:
     near = np.array([0, 0, 0, 1, 0, 2, 3, 4, 4])
     exact = np.array([0, 0, 1, 2, 3, 4, 5, 6, 6])
     client = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1])
-    group, broken = soften(near, exact, client)
+    group, broken = soften(near, lambda: exact, client)
     assert broken == 1
     assert group[0] == group[1]
     assert len(set(group.tolist())) == 7  # {0,1}, 2, 3, 4, 5, 6, {7,8}

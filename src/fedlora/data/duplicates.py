@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -30,28 +30,32 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 def contents(table: datasets.Dataset) -> Iterator[bytes]:
     """What each example asks the model to read: the texts (prompt and response together), or the image's bytes."""
+    if "image" not in table.column_names:
+        yield from (text.encode() for text in _texts(table))
+        return
+    for batch in table.data.select(["image"]).to_batches(max_chunksize=1000):
+        for image in batch.columns[0].to_pylist():
+            yield image["bytes"] or Path(image["path"]).read_bytes()
+
+
+def _texts(table: datasets.Dataset) -> Iterator[str]:
     names = [name for name in table.column_names if name != "label"]
     for batch in table.data.select(names).to_batches(max_chunksize=1000):
-        columns = [column.to_pylist() for column in batch.columns]
-        for values in zip(*columns, strict=True):
-            if names == ["image"]:
-                yield values[0]["bytes"] or Path(values[0]["path"]).read_bytes()
-            else:
-                yield "\n".join(values).encode()
+        yield from map("\n".join, zip(*(column.to_pylist() for column in batch.columns), strict=True))
 
 
 def exact_groups(table: datasets.Dataset) -> np.ndarray:
     """(rows,) int64: equal numbers for equal images, or for texts that differ in case and spacing alone."""
     if "image" in table.column_names:
         return _number(hashlib.sha256(content).digest() for content in contents(table))
-    return _number(_key(" ".join(content.decode().casefold().split())) for content in contents(table))
+    return _number(_key(" ".join(text.casefold().split())) for text in _texts(table))
 
 
 def near_groups(table: datasets.Dataset) -> np.ndarray:
     """(rows,) int64: equal numbers for near-copies. Deterministic, O(rows) time and memory."""
     if "image" in table.column_names:
         return exact_groups(table)
-    return near_copies(content.decode() for content in contents(table))
+    return near_copies(_texts(table))
 
 
 def near_copies(texts: Iterable[str]) -> np.ndarray:
@@ -86,20 +90,23 @@ def normalise(text: str) -> str:
     return _NOISE.sub(" ", folded).strip() or " ".join(folded.split())
 
 
-def soften(near: np.ndarray, exact: np.ndarray, client: np.ndarray) -> tuple[np.ndarray, int]:
+def soften(near: np.ndarray, exact: Callable[[], np.ndarray], client: np.ndarray) -> tuple[np.ndarray, int]:
     """Groups to split by, and how many near-groups were too large to keep.
 
     A near-group that holds more than half of some client's rows (one shared template, say) would leave that client
-    nothing to test on: its rows fall back to their exact groups. All arrays are (rows,) int64.
+    nothing to test on: its rows fall back to their exact groups, which are asked for only then. All arrays are (rows,)
+    int64.
     """
     n_clients = int(client.max()) + 1 if len(client) else 0
     sizes = np.bincount(client, minlength=n_clients)
     pairs, counts = np.unique(near * n_clients + client, return_counts=True)
     owner = pairs % n_clients if n_clients else pairs
     large = np.unique(pairs[(counts > sizes[owner] / 2) & (counts > 1)] // max(n_clients, 1))
-    dissolved = np.isin(near, large)
-    mixed = np.where(dissolved, exact + near.max(initial=0) + 1, near)
-    broken = sum(len(np.unique(exact[near == group])) > 1 for group in large) if len(large) < 10_000 else len(large)
+    if not len(large):
+        return _number(near.tolist()), 0
+    dissolved, copies = np.isin(near, large), exact()
+    mixed = np.where(dissolved, copies + near.max(initial=0) + 1, near)
+    broken = sum(len(np.unique(copies[near == group])) > 1 for group in large) if len(large) < 10_000 else len(large)
     return _number(mixed.tolist()), broken
 
 

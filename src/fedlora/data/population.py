@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import datasets
 import numpy as np
@@ -244,13 +245,13 @@ def _owners(
 def _finish(rows: _Rows, settings: DataSettings, partial: bool = False) -> Population:
     """Draws, splits, checks and seals."""
     warnings = _unused(rows, rows.client >= 0)
-    near, exact = duplicates.near_groups(rows.table), duplicates.exact_groups(rows.table)
+    near, exact = duplicates.near_groups(rows.table), cache(lambda table=rows.table: duplicates.exact_groups(table))
     if settings.per_client is not None:
-        kept = at_most(settings.per_client, rows.client, rows.given, exact, stream(settings.seed, "per_client"))
+        kept = at_most(settings.per_client, rows.client, rows.given, exact(), stream(settings.seed, "per_client"))
         rows = replace(rows, client=np.where(kept, rows.client, -1))
     owned = rows.client >= 0
     group = np.zeros(len(owned), dtype=np.int64)
-    group[owned], shared = duplicates.soften(near[owned], exact[owned], rows.client[owned])
+    group[owned], shared = duplicates.soften(near[owned], lambda: exact()[owned], rows.client[owned])
     if shared:
         warnings += [
             f"{shared} sets of near-copies fill more than half of a client: there only exact copies are kept together"
