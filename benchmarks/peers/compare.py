@@ -171,7 +171,8 @@ def notes(results: Sequence[Measured], found: Mapping[str, Mapping[str, str]]) -
         "of the bfloat16 peak), or seconds of a round (the same ratios) and peak memory of all processes together, "
         "pages that they share counted once",
         f"fresh processes that take turns, {first.repeats} of each; a round of {min(20, first.clients)} clients warms "
-        f"each up, then the median of {first.rounds} counts; ratios are medians of each turn's own",
+        f"each up, and the median of the rounds after it ({first.rounds}) counts; ratios are medians of each turn's "
+        "own",
         "as users run it: training mode (the model's dropout of 0.1), SDPA, float32, default libraries and resources; "
         "tuned: no dropout, eager attention and the fastest of float32 or bfloat16 autocast with one process or as "
         "many as there are cores, found by a short run of each. In both, a process keeps the loaded model (Flower's "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
-import pytest
 import torch
 from torch import nn
 
 from fedlora.learning.backbone import load_backbone
-from fedlora.learning.fast import ENOUGH, LANES, STEPS, _learner, _seconds, cast
+from fedlora.learning.examples import Examples
+from fedlora.learning.fast import ENOUGH, STEPS, _learner, _seconds, cast
 from fedlora.learning.tasks import TextClassification
 from learning.worlds import LABELS, backbone, examples, spec_of
 
@@ -35,17 +37,32 @@ def test_a_cast_base_comes_back_bit_for_bit() -> None:
     assert any(not torch.equal(v, v.bfloat16().to(v.dtype)) for v in before.values() if v.is_floating_point())
 
 
-@pytest.mark.parametrize("kept", [200, 3])
-def test_a_measured_step_has_enough_tokens_and_every_lane_a_share(kept: int) -> None:
-    store = examples(kept)
+def units_of_steps(store: Examples) -> list[np.ndarray]:
+    """What all lanes take in each measured step."""
     base = backbone(dtype=torch.float32)
     found = _learner(base, TextClassification(LABELS), store, spec_of(base, torch.float32), 1024)
-    rows = np.concatenate([found.units(str(k), "fit") for k in range(LANES)])
-    assert len(set(rows.tolist())) == len(rows)
-    tokens = int(store.lengths[rows].sum())
-    assert tokens > 0.7 * ENOUGH if kept == 200 else len(rows) == kept
-    seen: list[int] = []
+    seen: list[np.ndarray] = []
     groups = found.groups
-    found.groups = lambda *given: seen.append(sum(map(len, given[2].values()))) or groups(*given)  # type: ignore[method-assign]
+    found.groups = lambda *given: seen.append(np.concatenate(list(given[2].values()))) or groups(*given)  # type: ignore[method-assign]
     assert _seconds(found) > 0
-    assert seen == [len(rows)] * STEPS
+    assert len(seen) == STEPS
+    return seen
+
+
+def test_a_measured_step_of_short_texts_has_enough_tokens() -> None:
+    store = examples(200)
+    for units in units_of_steps(store):
+        assert len(set(units.tolist())) == len(units)
+        assert 0.7 * ENOUGH < store.lengths[units].sum() < 1.5 * ENOUGH
+
+
+def test_where_there_are_few_texts_a_step_has_them_all() -> None:
+    assert [sorted(units.tolist()) for units in units_of_steps(examples(3))] == [[0, 1, 2]] * STEPS
+
+
+def test_a_measured_step_of_long_documents_has_a_few_of_their_windows() -> None:
+    """Thousands of tokens a row: more of them say nothing more, and take minutes."""
+    windows = {"lengths": np.full(1000, 30), "offsets": 30 * np.arange(1001), "tokens": np.full(30_000, 5, np.int32)}
+    store = replace(examples(1000), rows=np.arange(0, 1001, 100), **windows)
+    for units in units_of_steps(store):
+        assert store.lengths[units].sum() < 1.5 * ENOUGH

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -308,6 +309,30 @@ def test_orders_are_not_modified_and_results_are_their_own():
     assert not a.requires_grad
     for value in tuned[CLIENTS[0]].params.values():  # who keeps one entry of a client keeps nothing else
         assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
+
+
+def test_every_client_may_have_an_optimiser_of_its_own_and_none_is_kept():
+    """Equal to one at a time; of those that have ended nothing stays."""
+    given = {
+        client: replace(order, optimizer=replace(ADAMW, lr=1e-3 * (1 + k)))
+        for k, (client, order) in enumerate(orders(world("bert", 1).spec, ADAMW, epochs=1).items())
+    }
+    kept: list[tuple[int, int]] = []
+    executor, step = world("bert", 2), Fits.step
+
+    def watched(fits: Fits) -> Any:
+        done = step(fits)
+        moments = sum(len(stepper.inner.state) for stepper in fits.steppers.values())
+        kept.append((len(fits.steppers), moments))
+        return done
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Fits, "step", watched)
+        many = run(executor, given)
+    one = run(world("bert", 1), given)
+    assert max(distance(one[client].params, many[client].params) for client in CLIENTS) < 1e-9
+    assert max(steppers for steppers, _ in kept) <= 3  # of two lanes, and of one that has just ended
+    assert kept[-1][1] == 0
 
 
 def test_unequal_work_runs_side_by_side():

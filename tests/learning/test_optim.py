@@ -40,7 +40,7 @@ def test_lanes_that_start_and_stop_step_as_if_each_were_alone(given: Optimizer) 
 
     def begin(lane: int) -> None:
         values[lane] = torch.randn(43, generator=draw, dtype=torch.float64)
-        stepper.fresh(lane)
+        stepper.forget(lane)
         own = [values[lane, start:stop].clone().requires_grad_() for _, start, stop in BLOCKS]
         alone[lane] = own, separate(given, own)
 

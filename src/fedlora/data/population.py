@@ -245,7 +245,8 @@ def _owners(
 def _finish(rows: _Rows, settings: DataSettings, partial: bool = False) -> Population:
     """Draws, splits, checks and seals."""
     warnings = _unused(rows, rows.client >= 0)
-    near, exact = duplicates.near_groups(rows.table), cache(lambda table=rows.table: duplicates.exact_groups(table))
+    table = rows.table
+    near, exact = duplicates.near_groups(table), cache(lambda: duplicates.exact_groups(table))
     if settings.per_client is not None:
         kept = at_most(settings.per_client, rows.client, rows.given, exact(), stream(settings.seed, "per_client"))
         rows = replace(rows, client=np.where(kept, rows.client, -1))

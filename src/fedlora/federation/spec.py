@@ -164,4 +164,4 @@ class Extras:
 
     def staying(self, tree: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The entries that are trained and kept at home."""
-        return {name: value for name, value in tree.items() if self.personal and self.treatment(name) == "private"}
+        return {name: value for name, value in tree.items() if self.treatment(name) == "private"}

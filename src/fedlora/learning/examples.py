@@ -54,6 +54,15 @@ class Examples:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def spread(self, count: int) -> Array:
+        """So many rows, evenly spread, or all of them.
+
+        >>> Examples(np.ones(5), np.zeros(5), np.arange(6)).spread(3).tolist()
+        [0, 2, 4]
+        """
+        rows = len(self.rows) - 1
+        return np.linspace(0, rows - 1, min(count, rows)).astype(np.int64)
+
     def units(self, rows: Array) -> Array:
         """The units of some rows, in their order.
 

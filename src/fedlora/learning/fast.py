@@ -25,8 +25,7 @@ GAIN = 0.9
 """bfloat16 must take less than this share of float32's time: a tie is decided for the exact mode."""
 LANES, BATCH, STEPS, REPEATS = 4, 2, 2, 4
 ENOUGH = 512
-"""Tokens that a step has at least, where there are as many: of a few short texts most of the time is calls, which take
-both types as long."""
+"""Tokens that a step has, or few more: of a few short texts most of the time is calls, as long in both types."""
 
 
 def measure(backbone: Backbone, task: Task, examples: Examples, spec: ModelSpec, tokens: int = 1024) -> torch.dtype:
@@ -74,21 +73,20 @@ def cast(backbone: Backbone, dtype: torch.dtype) -> Iterator[None]:
 
 def _learner(backbone: Backbone, task: Task, examples: Examples, spec: ModelSpec, tokens: int) -> Learner:
     """A few clients with evenly spread rows, whatever the run's own clients are."""
-    few = examples.units(_spread(examples, LANES * BATCH))
-    rows = _spread(examples, max(LANES * BATCH, math.ceil(ENOUGH / max(1.0, float(examples.lengths[few].mean())))))
+    rows = examples.spread(LANES * _batch(examples))
     splits = {str(k): {"fit": part} for k, part in enumerate(np.array_split(rows, LANES))}
     return Learner({"base": backbone}, task, examples, splits, spec, 0, LANES, tokens)
 
 
-def _spread(examples: Examples, wanted: int) -> np.ndarray:
-    """So many rows, or all of them."""
-    count = len(examples.rows) - 1
-    return np.linspace(0, count - 1, min(wanted, count)).astype(np.int64)
+def _batch(examples: Examples) -> int:
+    """How many units a lane takes in a step: as many as give all lanes enough tokens, and at least a few."""
+    mean = float(examples.lengths[examples.units(examples.spread(LANES * BATCH))].mean())
+    return max(BATCH, math.ceil(ENOUGH / (LANES * max(1.0, mean))))
 
 
 def _seconds(learner: Learner) -> float:
-    """A few fused steps: every lane takes all of its rows in each."""
-    spec, size = learner.spec, max(len(learner.units(str(k), "fit")) for k in range(LANES))
+    """A few fused steps: every lane takes a batch in each."""
+    spec, size = learner.spec, _batch(learner.store("base"))
     train = (*(("A", "B") if spec.sites else ()), *(("head",) if spec.labels else ()))
     adapter = spec.adapter(spec.ranks, 0) | {k: v for k, v in spec.start(0).items() if k.startswith("head/")}
     for k in range(LANES):

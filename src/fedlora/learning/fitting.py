@@ -109,8 +109,7 @@ class Fits:
         for (k, lane), norm in zip(active.items(), norms[list(active)].tolist()):
             for what, value in (("loss", sums[k]), ("gradient's norm", norm)):
                 if not math.isfinite(value):
-                    self.lanes[k] = None
-                    self.grads[k].zero_()
+                    self._leave(k, lane)
                     done.append((lane.ready.ticket, Diverged(lane.ready.job.client, lane.step + 1, what, value)))
                     break
             else:
@@ -141,18 +140,24 @@ class Fits:
             ready,
             order,
             plan(len(ready.units), order, generator),
-            self._stepper(k, order.optimizer),
+            self._stepper(order.optimizer),
             anchor,
             anchored,
         )
 
-    def _stepper(self, k: int, optimizer: Optimizer) -> Stepper:
-        """The optimiser of these settings, with nothing that it knew of the lane."""
+    def _stepper(self, optimizer: Optimizer) -> Stepper:
+        """The optimiser of these settings; a new one takes the place of those that no lane uses any more."""
         if optimizer not in self.steppers:
+            used = {lane.stepper for lane in self.lanes if lane is not None}
             blocks = [(key, start, stop) for _, key, _, start, stop in self.blocks]
+            self.steppers = {known: stepper for known, stepper in self.steppers.items() if stepper in used}
             self.steppers[optimizer] = Stepper(optimizer, blocks, self.values, self.grads)
-        self.steppers[optimizer].fresh(k)
         return self.steppers[optimizer]
+
+    def _leave(self, k: int, lane: Lane) -> None:
+        """The lane is free: nothing is left of its job but numbers that the next one replaces."""
+        self.lanes[k] = None
+        lane.stepper.forget(k)
 
     def _anchor(self, order: Fit) -> tuple[Tensor | None, Tensor | None]:
         """The proximal term's anchor as a flat row, and 1 where there is one."""
@@ -175,7 +180,7 @@ class Fits:
             value = own_part(self.values[k, start:stop].view(shape), tuple(given.shape))
             # each on its own: a view of a copied row would keep all of it where one entry is kept
             models[name][key] = value.to(given.device, given.dtype, copy=True).contiguous()
-        self.lanes[k] = None
+        self._leave(k, lane)
         sums = {"train_loss": (lane.total, float(lane.seen))}
         return lane.ready.ticket, Tuned(models, sums, lane.step)
 

@@ -205,8 +205,8 @@ class Learner:
         if model.backbone not in self.backbones:
             raise KeyError(f"no backbone {model.backbone!r}, only {sorted(self.backbones)}")
         backbone = self.backbones[model.backbone]
-        trees = (model.params, *model.others), model.shared
-        names = (model.backbone, *(tuple(tuple(tree) for tree in some) for some in trees))
+        own_names, shared_names = (tuple(map(tuple, trees)) for trees in ((model.params, *model.others), model.shared))
+        names = (model.backbone, own_names, shared_names)
         if names not in self._checked:  # clients' models are alike
             check(model, backbone, self.spec.whole)
             self._checked.add(names)

@@ -82,8 +82,8 @@ class Stepper:
         else:
             self.inner = torch.optim.SGD(parameters, lr=optimizer.lr, momentum=optimizer.momentum)
 
-    def fresh(self, lane: int) -> None:
-        """A lane without a past."""
+    def forget(self, lane: int) -> None:
+        """Drops a lane's moments and count of steps."""
         for leaf, _ in self.parts[lane]:
             self.inner.state.pop(leaf, None)
 

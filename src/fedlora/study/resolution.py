@@ -67,9 +67,7 @@ def resolved(
         cohort = size(config.training.clients_per_round, len(population.clients))
         own = [len(rows["fit"]) for rows in islice(population.clients.values(), SOME)]
         batch = min(config.training.batch_size or 1, max(1, int(np.median(own))))
-        some = examples.units(
-            np.linspace(0, len(examples.rows) - 2, min(SOME, len(examples.rows) - 1)).astype(np.int64)
-        )
+        some = examples.units(examples.spread(SOME))
         lanes = lanes_for(tokens, examples.lengths[some], batch, cohort)
     return config.replace(
         model={"dtype": dtype},
