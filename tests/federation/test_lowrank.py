@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlora.adapters import lowrank
-from fedlora.adapters.lowrank import SMALL, TOLERANCE, Change, flat, gram, iterate, leading, truncate
+from fedlora.adapters import lowrank, subspace
+from fedlora.adapters.change import Change
+from fedlora.adapters.lowrank import SMALL, flat, gram, leading, truncate
+from fedlora.adapters.subspace import TOLERANCE, filtered, iterate, width
 
 linalg: Any = torch.linalg
 WIDE = torch.float64
@@ -23,7 +25,7 @@ SIDE = SMALL + 24  # the smaller side of what is not decomposed densely
 def halves(request: pytest.FixtureRequest) -> Iterator[bool]:
     """With and without a processor that is fast in bfloat16, whatever this one is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lowrank, "halves_are_fast", lambda: request.param)
+        patch.setattr(subspace, "halves_are_fast", lambda: request.param)
         yield request.param
 
 
@@ -165,18 +167,39 @@ def test_the_iteration_keeps_its_bound_or_gives_up(case: Case, name: str, seed: 
 @settings(max_examples=40, deadline=None)
 @given(cases())
 def test_float32_eigenvectors_lose_no_more_than_allowed_or_give_up(case: Case) -> None:
-    found = flat(lowrank.change_of(case.tree, "q").to(torch.float32), case.rank)
+    found = flat(lowrank.change_of(case.tree, "q").to(torch.float32), case.rank, 0)
     if found is not None:
         case.judge(found.u * found.s @ found.v.T, 1e-5)
         assert found.rest == pytest.approx(float(case.s[case.rank :].norm()), rel=1e-3, abs=1e-5 * case.size)
         assert float((found.u.T @ found.u - torch.eye(case.rank, dtype=WIDE)).abs().max()) < 1e-12
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(KINDS), st.sampled_from([1, 4, 12]), st.integers(0, 99))
+def test_the_filtered_iteration_keeps_its_bound_or_gives_up(kind: str, rank: int, seed: int) -> None:
+    """Against the values that are known: what the vectors found capture of |dW|^2, of what the best would."""
+    case = Case(kind, (SIDE, 400), rank, seed)
+    found = filtered((case.exact @ case.exact.T).float(), rank, seed)
+    if found is not None:
+        basis = linalg.qr(found.double())[0]
+        captured = torch.linalg.svdvals(basis.T @ case.exact)[:rank].square().sum()
+        assert float(case.s[:rank].square().sum() - captured) <= (1e-5 * case.size) ** 2
+        assert found.shape == (SIDE, width(rank))
+
+
+@pytest.mark.parametrize(
+    ("kind", "converges"), [("flat", True), ("power", True), ("steep", False), ("deficient", False), ("zero", False)]
+)
+def test_which_spectra_the_filtered_iteration_takes(kind: str, converges: bool) -> None:
+    case = Case(kind, (SIDE, 400), 12, seed=1)
+    assert (filtered((case.exact @ case.exact.T).float(), 12, 0) is not None) == converges
+
+
 @pytest.mark.parametrize("terms", [None, 90])
 @pytest.mark.parametrize(("kind", "enough"), [("flat", True), ("exponential", False)])
 def test_which_spectra_float32_eigenvectors_take(kind: str, enough: bool, terms: int | None) -> None:
     case = Case(kind, (SIDE, 400), 60, seed=1, terms=terms)
-    assert (flat(lowrank.change_of(case.tree, "q").to(torch.float32), 60) is not None) == enough
+    assert (flat(lowrank.change_of(case.tree, "q").to(torch.float32), 60, 0) is not None) == enough
 
 
 @pytest.mark.parametrize("terms", [None, 90])

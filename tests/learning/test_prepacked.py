@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 import fedlora
-from fedlora.adapters.lowrank import halves_are_fast
+from fedlora.adapters.subspace import halves_are_fast
 from fedlora.learning import prepacked
 from fedlora.learning.backbone import Backbone
 from fedlora.learning.fast import cast

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fedlora.adapters.lora import frozen
-from fedlora.adapters.lowrank import halves_are_fast
+from fedlora.adapters.subspace import halves_are_fast
 
 ROWS = 2048
 """Tokens of the product that the order is chosen for; it serves any number."""
