@@ -36,6 +36,7 @@ from fedlora.federation.spec import Tree, stream
 
 DEAD = 1e-10  # singular values below this share of the largest are rounding
 SMALL = 256  # smaller sides up to this one are decomposed densely
+TILE = 256  # rows whose Gram matrix is one product
 MANY = 16  # eigenvectors for each wanted one above which the wanted are iterated for
 
 
@@ -146,7 +147,8 @@ def flat(change: Change, rank: int, seed: int) -> Leading | None:
         if int(failed):
             return None
         squares = upper @ _squares(change.right) @ upper.T
-    if not bool(squares.isfinite().all()):  # squares of what float32 still holds
+    size = float(squares.diagonal().sum(dtype=torch.float64))
+    if not math.isfinite(size):  # squares of what float32 still holds; no other is larger than the diagonal's
         return None
     vectors = filtered(squares, rank, seed) if MANY * width(rank) <= len(squares) else None
     if vectors is None:
@@ -158,7 +160,7 @@ def flat(change: Change, rank: int, seed: int) -> Leading | None:
     inner, s, vt = dense_svd(core.T)
     u, v = u @ inner, right @ vt.T
     missed = (change.times(v.float()).double() - u * s).square().sum(0)[:rank]
-    every, size = s**2, float(squares.diagonal().sum(dtype=torch.float64))
+    every = s**2
     gap = every[:rank] - every[rank + (len(every) - rank) // 4]
     if not float((missed * every[:rank] / gap.clamp_min(0)).sum()) <= TOLERANCE**2 * size:
         return None
@@ -167,13 +169,17 @@ def flat(change: Change, rank: int, seed: int) -> Leading | None:
 
 def _squares(matrix: Tensor) -> Tensor:
     """M M^T, of which the part below the diagonal blocks is not computed twice."""
+    return _halved(matrix, matrix.new_empty(len(matrix), len(matrix)))
+
+
+def _halved(matrix: Tensor, out: Tensor) -> Tensor:
+    if len(matrix) <= TILE:
+        return torch.mm(matrix, matrix.T, out=out)
     half = len(matrix) // 2
     first, second = matrix[:half], matrix[half:]
-    out = matrix.new_empty(len(matrix), len(matrix))
-    torch.mm(first, first.T, out=out[:half, :half])
-    torch.mm(second, second.T, out=out[half:, half:])
-    torch.mm(first, second.T, out=out[:half, half:])
-    out[half:, :half] = out[:half, half:].T
+    _halved(first, out[:half, :half])
+    _halved(second, out[half:, half:])
+    out[half:, :half] = torch.mm(first, second.T, out=out[:half, half:]).T
     return out
 
 

@@ -69,7 +69,7 @@ def _near(change: Change, columns: Tensor) -> tuple[Tensor, bool]:
         fast = Change(change.left.bfloat16())
         for step in (*(ROUGH // 2 * (fast, fast.transposed)), change):  # the last one makes up for what was rounded
             image = step.times(orthonormal(columns.float())[0].to(step.left.dtype))
-            if not bool(image.isfinite().all()):  # what float32 still holds
+            if not math.isfinite(float(linalg.vector_norm(image))):  # what float32 still holds
                 break
             columns, turned = image, not turned
     return orthonormal(columns.double())[0], turned
@@ -122,12 +122,13 @@ def _hopeless(s: Tensor, rank: int, limit: float, previous: float, left: int) ->
 def _begin(change: Change, columns: int, seed: int, start: Tensor | None) -> Tensor:
     """The first basis: a start's rows with a little noise, and random columns; all random where none fits."""
     size = change.shape[1]
-    noise = torch.randn(size, columns, generator=stream(seed, "subspace"), dtype=torch.float32).div_(math.sqrt(size))
-    if start is None or start.shape[1] != size or not bool(torch.isfinite(start).all()):
-        return noise
-    given = start[:columns].T.double()
-    given = (given / linalg.vector_norm(given, dim=0).clamp_min(1e-30)).float()
-    return torch.cat([given + NOISE * noise[:, : given.shape[1]], noise[:, given.shape[1] :]], 1)
+    noise = torch.randn(columns, size, generator=stream(seed, "subspace")).div_(math.sqrt(size))
+    if start is None or start.shape[1] != size or not math.isfinite(float(linalg.vector_norm(start))):
+        return noise.T
+    given = start[:columns].float()
+    noise[: len(given)] *= NOISE
+    noise[: len(given)] += given / linalg.vector_norm(given, dim=1, keepdim=True).clamp_min(1e-30)
+    return noise.T
 
 
 def filtered(squares: Tensor, rank: int, seed: int) -> Tensor | None:
