@@ -83,9 +83,8 @@ class Products:
                 total = weight * change.to(self.dtype(change))
                 mine: dict[str, Any] = {"left": [], "right": [], "held": 0, "sum": total}
             else:
-                left, right = factors(update.arrays, site, self.dtype(update.arrays[f"{site}/A"]))
-                held = left.numel() + right.numel()
-                mine = {"left": [left.mul_(weight)], "right": [right], "held": held}  # s B is nobody else's
+                left, right = factors(update.arrays, site, self.dtype(update.arrays[f"{site}/A"]), weight)
+                mine = {"left": [left], "right": [right], "held": left.numel() + right.numel()}
             found[site] = self.join(found[site], mine) if site in found else self.settle(mine)
         rest = Mean().accumulate(acc["whole"], client, Update(whole(update.arrays), update.weight, {}))
         return {"weight": acc["weight"] + weight, "sites": found, "whole": rest}
