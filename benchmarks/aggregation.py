@@ -207,7 +207,7 @@ def run(quick: bool = False) -> Report:
     from fedlora.learning.footprint import prepare
 
     prepare()  # large blocks are reused, for both ways, as in every process that serves a run
-    shapes, repeats, rounds = (SMALL, 1, 2) if quick else (SITES, 2, ROUNDS)
+    shapes, repeats, rounds = (SMALL, 1, 2) if quick else (SITES, 5, ROUNDS)
     profiles = json.loads(FILE.read_text())
     rows: list[tuple[object, ...]] = []
     details: dict[str, Any] = {}
