@@ -185,7 +185,7 @@ def _jsonl(path: Path) -> Part:
                 f"{path}, line {number}, column {error.colno}: not JSON ({error.msg}): {line.strip()[:60]!r}",
                 "every line must be one complete JSON object; repair or remove this one",
             ) from None
-        rows.append(_object(value, f"{path}, line {number}"))
+        rows.append(value if isinstance(value, dict) else _object(value, f"{path}, line {number}"))
         places.append(number)
         if len(rows) == 2_000:  # Arrow holds text in a third of the memory that Python's objects take
             tables.append(_columns(rows))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
+from collections import ChainMap, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -322,22 +322,25 @@ def _members(
     """
 
     def client(name: str, own: Mapping[str, int], rows: Mapping[str, np.ndarray]) -> Client:
-        units = sum(examples.count(rows.get(part, NO_ROWS)) for part in ("fit", "holdout"))
+        units = examples.count(rows.get("fit", NO_ROWS)) + examples.count(rows.get("holdout", NO_ROWS))
         return Client(name, own, terms.models.get(name, "base"), units or None)
 
-    members = {name: client(name, terms.ranks[name], rows) for name, rows in owned.items()}
-    parts = owned[population.seen[0]].keys() if population.seen else ()
-
-    def everyones(part: str) -> np.ndarray:
-        return np.concatenate([owned[name][part] for name in population.seen]) if part in parts else NO_ROWS
-
+    unseen, members = set(population.unseen), dict[str, Client]()
+    shared: defaultdict[str, list[np.ndarray]] = defaultdict(list)  # what everybody's model trains and is scored on
+    for name, rows in owned.items():  # once: the rows of 100,000 clients are made on access
+        members[name] = client(name, terms.ranks[name], rows)
+        if name not in unseen:
+            for part in ("test",) if algorithm.federated else rows:
+                shared[part].append(rows.get(part, NO_ROWS))
+    everyone = {part: np.concatenate(rows) for part, rows in shared.items()}
     known: Any = owned  # a ChainMap writes to its first map only
-    splits: ChainMap[str, Mapping[str, np.ndarray]] = ChainMap({EVERYONE: {"test": everyones("test")}}, known)
+    splits: ChainMap[str, Mapping[str, np.ndarray]] = ChainMap(
+        {EVERYONE: {"test": everyone.get("test", NO_ROWS)}}, known
+    )
     if algorithm.federated:
-        return members, splits, set(population.unseen)
-    rows = {part: everyones(part) for part in parts}
-    whole = client(POOLED, terms.most, rows)
-    return {**members, POOLED: whole}, splits.new_child({POOLED: rows}), set(members)
+        return members, splits, unseen
+    whole = client(POOLED, terms.most, everyone)
+    return {**members, POOLED: whole}, splits.new_child({POOLED: everyone}), set(members)
 
 
 def _started(
