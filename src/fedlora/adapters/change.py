@@ -78,13 +78,13 @@ class Leading:
         return replace(self, u=self.v, v=self.u)
 
 
-def with_rest(change: Change, u: Tensor, s: Tensor, v: Tensor, size: float | None = None) -> Leading:
-    """The triplets with the norm of the rest: |dW|^2 (``size``) - |S|^2 where that keeps its digits, else that of
+def with_rest(change: Change, u: Tensor, s: Tensor, v: Tensor, squared: float | None = None) -> Leading:
+    """The triplets with the norm of the rest: |dW|^2 (``squared``) - |S|^2 where that keeps its digits, else that of
     dW - U S V^T."""
-    if size is None and change.right is None:
-        size = change.norm() ** 2
-    if size is not None and (rest := size - float(s.square().sum())) > DIGITS * size:
-        return Leading(u, s, v, math.sqrt(rest))
+    if squared is None and change.right is None:
+        squared = change.norm() ** 2
+    if squared is not None and (left := squared - float(s.square().sum())) > DIGITS * squared:
+        return Leading(u, s, v, math.sqrt(left))
     if change.right is None:
         rows = zip(torch.split(change.left, BLOCK), torch.split((u * s).float(), BLOCK), strict=True)
         norms = torch.cat([linalg.vector_norm(row - mine @ v.T.float(), dim=1) for row, mine in rows])

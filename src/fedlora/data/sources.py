@@ -185,7 +185,7 @@ def _jsonl(path: Path) -> Part:
                 f"{path}, line {number}, column {error.colno}: not JSON ({error.msg}): {line.strip()[:60]!r}",
                 "every line must be one complete JSON object; repair or remove this one",
             ) from None
-        rows.append(value if isinstance(value, dict) else _object(value, f"{path}, line {number}"))
+        rows.append(_object(value, path, "line", number))
         places.append(number)
         if len(rows) == 2_000:  # Arrow holds text in a third of the memory that Python's objects take
             tables.append(_columns(rows))
@@ -202,13 +202,15 @@ def _json_array(path: Path) -> Part:
             f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})",
             "the file must be one array of objects, or one object a line",
         ) from None
-    rows = [_object(value, f"{path}, row {number}") for number, value in enumerate(values, 1)]
+    rows = [_object(value, path, "row", number) for number, value in enumerate(values, 1)]
     return Part(str(path), _columns(rows), "row", np.arange(1, len(rows) + 1), path.parent)
 
 
-def _object(value: Any, place: str) -> dict[str, Any]:
+def _object(value: Any, path: Path, unit: str, number: int) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{place}: {str(value)[:40]!r} is not an object", 'write {"text": "...", "label": "..."}')
+        raise UserError(
+            f"{path}, {unit} {number}: {str(value)[:40]!r} is not an object", 'write {"text": "...", "label": "..."}'
+        )
     return value
 
 
