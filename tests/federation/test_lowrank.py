@@ -160,7 +160,7 @@ def test_the_iteration_keeps_its_bound_or_gives_up(case: Case, name: str, seed: 
     change = lowrank.change_of(case.tree, "q").to(torch.float32)
     found = iterate(change, case.rank, seed, starts(case, seed)[name])
     if found is not None:
-        # the bound is of first order: a start that hides what is wanted has been seen to lose a quarter more than it says
+        # the bound is of first order: a start orthogonal to what is wanted was seen to lose a quarter more than it says
         case.judge(found.u * found.s @ found.v.T, 1e-5)
         assert found.rest == pytest.approx(float(case.s[case.rank :].norm()), rel=1e-3, abs=1e-5 * case.size)
 
