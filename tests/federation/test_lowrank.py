@@ -47,6 +47,7 @@ def spectrum(kind: str, size: int, rank: int) -> Tensor:
             (k >= rank - 3) & (k < rank + 3), 0.5, torch.exp(-k / 6) * (k < rank) * 2 + 1e-4
         ),
         "plateau at the cut": torch.where((k >= rank // 2) & (k < size - 9), 0.1, torch.exp(-k / 6)),
+        "two levels": torch.where(k < rank, torch.exp(-k / rank), 0.02 * torch.exp(-2 * k / size)),
         "deficient": torch.exp(-k / 6) * (k < rank // 2 + 1),
         "zero": torch.zeros(size, dtype=WIDE),
     }[kind]
@@ -62,6 +63,7 @@ KINDS = (
     "pair at the cut",
     "cluster at the cut",
     "plateau at the cut",
+    "two levels",
     "deficient",
     "zero",
 )
@@ -117,6 +119,7 @@ def starts(case: Case, seed: int) -> dict[str, Tensor | None]:
         "none": None,
         "good": case.v[:, : case.rank].T + 1e-3 * noise,
         "orthogonal": case.v[:, -case.rank :].T.contiguous(),  # the answer's complement, an invariant subspace itself
+        "the smallest": case.v[:, -case.rank - 8 :].T.contiguous(),  # most of the columns beyond the wanted ones, too
         "one exchanged at the cut": torch.cat([case.v[:, : case.rank - 1], case.v[:, case.rank : case.rank + 1]], 1).T,
         "half exchanged": case.v[:, case.rank // 2 : case.rank // 2 + case.rank].T,
         "zero": torch.zeros(case.rank, case.exact.shape[1]),
@@ -132,6 +135,7 @@ NAMES = (
     "none",
     "good",
     "orthogonal",
+    "the smallest",
     "one exchanged at the cut",
     "half exchanged",
     "zero",
@@ -160,9 +164,19 @@ def test_the_iteration_keeps_its_bound_or_gives_up(case: Case, name: str, seed: 
     change = lowrank.change_of(case.tree, "q").to(torch.float32)
     found = iterate(change, case.rank, seed, starts(case, seed)[name])
     if found is not None:
-        # the bound is of first order: a start orthogonal to what is wanted was seen to lose a quarter more than it says
+        # the bound is of first order: a start orthogonal to what is wanted was seen to lose a third more than TOLERANCE
         case.judge(found.u * found.s @ found.v.T, 1e-5)
         assert found.rest == pytest.approx(float(case.s[case.rank :].norm()), rel=1e-3, abs=1e-5 * case.size)
+
+
+@pytest.mark.parametrize("seed", [623603, 668929])
+def test_a_start_of_small_directions_does_not_hide_the_next_one(seed: int) -> None:
+    """Two random columns are left beside such a start: with a noise of 1 % these cases lost 1.3e-5."""
+    case = Case("two levels", (400, SIDE), 1, seed)
+    change = lowrank.change_of(case.tree, "q").to(torch.float32)
+    found = iterate(change, 1, seed, starts(case, seed)["the smallest"])
+    assert found is not None
+    case.judge(found.u * found.s @ found.v.T, subspace.TOLERANCE)
 
 
 @settings(max_examples=40, deadline=None)
