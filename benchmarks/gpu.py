@@ -11,8 +11,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ from benchmarks.report import Report
 from fedlora.errors import UserError
 from fedlora.federation.rounds import rounds
 from fedlora.learning.backbone import Backbone, load_backbone
+from fedlora.learning.varlen import agrees
 
 LANES, FEW = (1, 4, 16, 64), (1, 4)
 """Clients in one pass; the last also when it must be quick."""
@@ -93,7 +94,8 @@ def loop(backbone: Backbone) -> Way:
 
 
 def checks(device: str, quick: bool) -> list[Check]:
-    """Lanes against one at a time, and that against PEFT, in every type; on GPUs, against the CPU as well."""
+    """Lanes against one at a time, without padding against with, one at a time against PEFT, in every type; on GPUs,
+    against the CPU as well."""
     found: list[Check] = []
     for dtype, limit in LIMITS.items():
         backbone = base("MiniLM", dtype, device)
@@ -105,11 +107,26 @@ def checks(device: str, quick: bool) -> list[Check]:
             found.append(
                 Check(f"{name}, {lanes} lanes and one", apart(one_round(backbone, given, lanes), alone, start), limit)
             )
+        with padded(backbone):
+            wanted = one_round(backbone, given, 4)
+        found.append(
+            Check(f"{name}, without padding and with", apart(one_round(backbone, given, 4), wanted, start), limit)
+        )
         found.append(Check(f"{name}, one lane and PEFT", apart(alone, loop(backbone)(given), start), limit))
         if device != "cpu":
             there = one_round(base("MiniLM", dtype, "cpu"), given, 1)
             found.append(Check(f"{name}, one lane here and on the CPU", apart(alone, there, start), limit))
     return [*found, four_bits(device, quick)]
+
+
+@contextmanager
+def padded(backbone: Backbone) -> Generator[None]:
+    """Passes inside the block compute padding as well."""
+    backbone.unpadded = False
+    try:
+        yield
+    finally:
+        backbone.unpadded = True
 
 
 def small(backbone: Backbone, quick: bool) -> World:
@@ -224,10 +241,18 @@ def report(device: str, quick: bool, found: Sequence[Check]) -> Report:
             f"PEFT: no dropout, SDPA, bfloat16 by autocast on a bfloat16 base; fedlora: up to {TOKENS} tokens a pass",
             "apart: |difference of the round's averages| / |what training moved|",
             *(check.text for check in found),
+            f"without padding on this device (torch's kernel for sequences end to end): {ends(device)}",
             f"CUDA {torch.version.cuda}, device {where}",
         ),
         {"checks": [{"what": check.what, "apart": check.apart, "skipped": check.skipped} for check in found]},
     )
+
+
+def ends(device: str) -> str:
+    """In which types the models' heads of 32 and 64 are taken without padding."""
+    tried = [(size, dtype) for size in (32, 64) for dtype in (torch.float32, torch.bfloat16)]
+    taken = [f"{str(d).removeprefix('torch.')}, heads of {s}" for s, d in tried if agrees(torch.device(device), d, s)]
+    return "; ".join(taken) or "nothing"
 
 
 def main() -> None:

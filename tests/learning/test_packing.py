@@ -19,7 +19,7 @@ from fedlora.learning import blockwise
 from fedlora.learning import packing as packed
 from fedlora.learning.backbone import LONG, Backbone, load_backbone
 from fedlora.learning.batches import evenly
-from fedlora.learning.blockwise import BIN, BLOCK, block, block_diagonal, partition, rooms
+from fedlora.learning.blockwise import BIN, BLOCK, Blocks, blocks_of, partition, rooms
 from fedlora.learning.fitting import Diverged
 from fedlora.learning.packing import packable, packed_sizes, packing
 from learning.test_batches import texts
@@ -131,7 +131,8 @@ def test_rows_that_sequences_share_have_room_for_them(lengths: list[int]) -> Non
     mask = (torch.arange(sizes.max()) < torch.tensor(lengths)[:, None]).long()
     made = packing(mask, 2, torch.bfloat16, together=True)
     assert made is not None
-    scores = sum(rows * length**2 for rows, length in (b.shape for b in made.blocks))
+    assert isinstance(made.attention, Blocks)
+    scores = sum(rows * length**2 for rows, length in (b.shape for b in made.attention.blocks))
     assert packed_sizes(sizes, torch.bfloat16, together=True) == (len(made.source), scores)
 
 
@@ -141,24 +142,20 @@ def test_sequences_in_one_row_see_themselves_alone(lengths: list[int], causal: b
     """Against each sequence's own attention, forwards and backwards, in float64."""
     heads, size, scale, total = 3, 5, 0.4, sum(lengths)
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    outward, blocks, at = np.empty((total, heads), dtype=np.int64), [], 0
-    for room in blockwise._shared(np.array(lengths)):
-        wide = replace(room, dtype=torch.float64)
-        made, tokens, outputs = block(wide, starts[:-1], np.array(lengths), heads, at, torch.device("cpu"))
-        outward[tokens], at = outputs, made.stop
-        blocks.append(made)
+    shared = [replace(room, dtype=torch.float64) for room in blockwise._shared(np.array(lengths))]
+    blocks = blocks_of(shared, starts, total, heads, torch.device("cpu"))
     draw = torch.Generator().manual_seed(seed)
-    given = [torch.randn(total * heads, size, generator=draw, dtype=torch.float64).requires_grad_() for _ in range(3)]
-    grad = torch.randn(total * heads, size, generator=draw, dtype=torch.float64)
-    found = block_diagonal(*given, blocks, torch.from_numpy(outward.reshape(-1)), scale, causal)
-    q, k, v = (x.view(total, heads, size).split(lengths) for x in given)
+    given = [torch.randn(total, heads, size, generator=draw, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    grad = torch.randn(total, heads, size, generator=draw, dtype=torch.float64)
+    found = blocks.attend(*given, scale, causal)
+    q, k, v = (x.split(lengths) for x in given)
     own = [
         torch.nn.functional.scaled_dot_product_attention(
             *(x.transpose(0, 1) for x in one), is_causal=causal, scale=scale
         ).transpose(0, 1)
         for one in zip(q, k, v)
     ]
-    wanted = torch.cat(own).reshape(total * heads, size)
+    wanted = torch.cat(own)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
     for mine, other in zip(torch.autograd.grad(found, given, grad), torch.autograd.grad(wanted, given, grad)):
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)

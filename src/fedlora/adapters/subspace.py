@@ -16,7 +16,9 @@ from fedlora.adapters.algebra import linalg
 from fedlora.adapters.change import SQUARES, Change, Leading, dense_svd, orthonormal, with_rest
 from fedlora.federation.spec import stream
 
-TOLERANCE = 5e-6  # of the computed bound, which is of first order: at most 6.7e-6 was lost where a search was made for more
+TOLERANCE = (
+    5e-6  # of the computed bound, which is of first order: at most 6.7e-6 was lost where a search was made for more
+)
 STEPS = 16  # products that the iteration may take; by then the Gram matrix is cheaper
 DOUBT = 16.0  # how much larger than its residual a direction may be that hides in an unresolved column
 ROUGH = 4  # products in bfloat16 that come first

@@ -21,6 +21,7 @@ from fedlora.adapters.inject import embeddings, inject, norms, remove, select
 from fedlora.adapters.lora import LaneLinear, Plan, applied
 from fedlora.errors import UserError
 from fedlora.federation.spec import Extras, ModelSpec, Tree
+from fedlora.learning import varlen
 from fedlora.learning.checkpointing import checkpointable, checkpointed, surrounded
 from fedlora.learning.packing import Known, Layers, Packing, below, packable, packed, packing
 from fedlora.learning.pooled import POOLINGS, hidden_size, masked_mean
@@ -138,7 +139,8 @@ class Backbone:
         """The adapted layers follow the plan, on packed tokens where this model and batch allow it."""
         found, together = None, together and plan is not None and len(plan.segments) > 1
         if "input_ids" in inputs and self.packs(inputs["input_ids"].shape[1]):
-            found = packing(inputs["attention_mask"], cast(Layers, self._stack).heads, self.dtype, together)
+            heads = cast(Layers, self._stack).heads
+            found = packing(inputs["attention_mask"], heads, self.dtype, together, self.by_ends)
         with ExitStack() as stack:
             stack.enter_context(using(self.prepacked))
             if found is not None:
@@ -162,7 +164,7 @@ class Backbone:
         if prefix is None:
             return None
         lengths = np.diff(found.starts)
-        rows = inputs["input_ids"].numpy()
+        rows = inputs["input_ids"].cpu().numpy()
         texts = [row[:length].tobytes() for row, length in zip(rows, lengths)]
 
         def alone(row: int) -> Tensor:
@@ -175,9 +177,16 @@ class Backbone:
         return Known(prefix.depth, known, counted)
 
     def packs(self, longest: int) -> bool:
-        """Whether sequences of at most this length run without their padding: of a known model, on a CPU."""
-        allowed = self._stack is not None and self.unpadded and self.switching
-        return allowed and self.device.type == "cpu" and longest < LONG.get(self.dtype, 0)
+        """Whether sequences of at most this length run without their padding: of a known model, short ones on a CPU,
+        any on a GPU whose kernel takes them."""
+        if self._stack is None or not self.unpadded or not self.switching:
+            return False
+        return longest < LONG.get(self.dtype, 0) if self.device.type == "cpu" else self.by_ends
+
+    @property
+    def by_ends(self) -> bool:
+        """Whether attention takes sequences that lie end to end."""
+        return self._stack is not None and varlen.agrees(self.device, self.dtype, self._stack.size)
 
     def _packable(self) -> Layers | None:
         """The layers that can be packed, if every adapted layer is in one of them."""

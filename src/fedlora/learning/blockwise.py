@@ -153,7 +153,37 @@ def _shared(lengths: np.ndarray) -> list[Room]:
     return found
 
 
-def block(
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """A batch by blocks. ``outward`` (tokens * heads,): where in the blocks' outputs each token's heads lie, one past
+    the last block for tokens of nobody, whose result is zero."""
+
+    blocks: tuple[Block, ...]
+    outward: Tensor
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Tensor:
+        """``query``, ``key``, ``value``: (tokens, heads, size), and so the result."""
+        node: Any = _BlockDiagonal
+        rows = (x.reshape(-1, x.shape[-1]) for x in (query, key, value))
+        return node.apply(*rows, self.blocks, self.outward, scale, causal).view(query.shape)
+
+
+def blocks_of(found: Sequence[Room], starts: np.ndarray, tokens: int, heads: int, device: torch.device) -> Blocks:
+    """The blocks of some rooms. ``starts``: where each sequence begins, and the end of the last; ``tokens``: how many
+    there are with those of nobody after it."""
+    outward = np.empty((tokens, heads), dtype=np.int64)
+    blocks: list[Block] = []
+    size = 0
+    for room in found:
+        made, places, outputs = _block(room, starts[:-1], np.diff(starts), heads, size, device)
+        outward[places] = outputs
+        blocks.append(made)
+        size = made.stop
+    outward[starts[-1] :] = size  # a row of zeros
+    return Blocks(tuple(blocks), torch.from_numpy(outward.reshape(-1)).to(device))
+
+
+def _block(
     room: Room, starts: np.ndarray, lengths: np.ndarray, heads: int, at: int, device: torch.device
 ) -> tuple[Block, np.ndarray, np.ndarray]:
     """The block of a room, its tokens, and where each token's heads lie in the outputs (tokens, heads). ``starts``,
@@ -177,21 +207,6 @@ def block(
     gathered = torch.from_numpy(index.reshape(-1)).to(device)
     made = Block(gathered, room.shape, at, at + index.size, real, whose if room.shared else None, room.dtype)
     return made, tokens, outputs
-
-
-def block_diagonal(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    blocks: Sequence[Block],
-    outward: Tensor,
-    scale: float,
-    causal: bool,
-) -> Tensor:
-    """``query``, ``key``, ``value``: (tokens * heads, size); ``outward`` (tokens * heads,): where in the outputs of the
-    blocks each result lies, one past the last block for tokens of nobody, whose result is zero."""
-    node: Any = _BlockDiagonal
-    return node.apply(query, key, value, tuple(blocks), outward, scale, causal)
 
 
 class _BlockDiagonal(torch.autograd.Function):

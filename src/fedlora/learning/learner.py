@@ -324,7 +324,7 @@ class Learner:
         if not self.packs(backbone, name):
             return [rows, padded, padded * longest, padded if together else 0]
         grown = np.concatenate([lengths, np.ones(rows - len(lengths), dtype=lengths.dtype)])
-        tokens, scores = packed_sizes(grown, backbone.dtype, together)
+        tokens, scores = packed_sizes(grown, backbone.dtype, together, backbone.by_ends)
         return [rows, padded, tokens, scores, tokens if together else 0]
 
     def steady(self, backbone: Backbone, name: str) -> Steady | None:

@@ -2,9 +2,10 @@
 
     (sequences, longest, width)  --pack-->  (tokens, 1, width)  --layers-->  (tokens, 1, width)  --unpack-->  as before
 
-Linear layers, norms and activations see each token alone and need no change; attention is block-diagonal: queries, keys
-and values are gathered into a few blocks of sequences of like length, and the outputs gathered back. What lies before
-the first layer (embeddings) and after the last (norm, pooling, a language model's head) sees padded sequences as ever.
+Linear layers, norms and activations see each token alone and need no change; attention is block-diagonal: on a CPU
+queries, keys and values are gathered into a few blocks of sequences of like length, and the outputs gathered back; on a
+GPU a kernel takes the sequences as they lie. What lies before the first layer (embeddings) and after the last (norm,
+pooling, a language model's head) sees padded sequences as ever.
 A token's result, and so every number that is not finite, depends on its own sequence alone (unless it is computed
 together with others, which asks for finite numbers).
 """
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from fedlora.adapters.lora import Plan
-from fedlora.learning.blockwise import Block, block, block_diagonal, rooms
+from fedlora.learning.blockwise import Blocks, blocks_of, rooms
+from fedlora.learning.varlen import Ends
 
 KNOWN = {
     name: layers
@@ -44,15 +46,13 @@ class Packing:
     """Where tokens lie. ``shape``: (sequences, longest); ``source`` (T,): the padded position that each packed token is
     read from; ``back`` (sequences * longest,): the packed token that each padded position is read from, for padding the
     first of its sequence; ``starts``: where each sequence begins, and the end of the last; tokens beyond it belong to
-    nobody (copies, whose results nothing reads). ``blocks``: the sequences as attention takes them; ``outward`` (T *
-    heads,): where in the blocks' outputs each token's heads lie."""
+    nobody (copies, whose results nothing reads). ``attention``: the sequences as attention takes them."""
 
     shape: tuple[int, int]
     source: Tensor
     back: Tensor
     starts: tuple[int, ...]
-    blocks: tuple[Block, ...]
-    outward: Tensor
+    attention: Blocks | Ends
 
     def pack(self, values: Tensor) -> Tensor:
         """(sequences or 1, longest, ...) -> (tokens, 1, ...)."""
@@ -103,9 +103,11 @@ class _Unpack(torch.autograd.Function):
         return grad, None
 
 
-def packing(mask: Tensor, heads: int, dtype: torch.dtype, together: bool = False) -> Packing | None:
+def packing(
+    mask: Tensor, heads: int, dtype: torch.dtype, together: bool = False, by_ends: bool = False
+) -> Packing | None:
     """How a batch is packed; None where its padding is not at the right. ``mask``: (sequences, longest), 1 where a
-    token is; ``together``: see ``rooms``.
+    token is; ``together``: see ``rooms``; ``by_ends``: for ``varlen``'s kernel, which needs no blocks.
 
     >>> found = packing(torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]]), 1, torch.float32)
     >>> found.source.tolist(), found.starts
@@ -117,36 +119,33 @@ def packing(mask: Tensor, heads: int, dtype: torch.dtype, together: bool = False
     if not np.array_equal(kept, np.arange(longest) < lengths[:, None]) or not lengths.all():
         return None
     starts = np.concatenate([[0], lengths.cumsum()])
-    total = int(starts[-1])
-    more = filled(total, dtype) - total
-    source = np.concatenate([np.flatnonzero(kept), np.zeros(more, dtype=np.int64)])
-    back = starts[:-1, None] + np.where(kept, np.arange(longest), 0)
-    outward = np.empty((total + more, heads), dtype=np.int64)
-    blocks: list[Block] = []
-    size = 0
-    for room in rooms(lengths, dtype, together):
-        made, tokens, outputs = block(room, starts[:-1], lengths, heads, size, mask.device)
-        outward[tokens] = outputs
-        blocks.append(made)
-        size = made.stop
-    outward[total:] = size  # a row of zeros
+    source, back = np.flatnonzero(kept), starts[:-1, None] + np.where(kept, np.arange(longest), 0)
+    if by_ends:
+        attention = Ends(torch.from_numpy(starts.astype(np.int32)).to(mask.device), int(lengths.max()))
+    else:
+        more = filled(len(source), dtype) - len(source)
+        source = np.concatenate([source, np.zeros(more, dtype=np.int64)])
+        attention = blocks_of(rooms(lengths, dtype, together), starts, len(source), heads, mask.device)
     return Packing(
         (count, longest),
         torch.from_numpy(source).to(mask.device),
         torch.from_numpy(back.reshape(-1)).to(mask.device),
         tuple(starts.tolist()),
-        tuple(blocks),
-        torch.from_numpy(outward.reshape(-1)).to(mask.device),
+        attention,
     )
 
 
-def packed_sizes(lengths: np.ndarray, dtype: torch.dtype, together: bool = False) -> tuple[int, int]:
-    """(tokens, scores) that are computed for sequences of some lengths, what fills up included; ``together``: see
-    ``rooms``.
+def packed_sizes(
+    lengths: np.ndarray, dtype: torch.dtype, together: bool = False, by_ends: bool = False
+) -> tuple[int, int]:
+    """(tokens, scores) that are computed for sequences of some lengths, what fills up included; ``together``,
+    ``by_ends``: see ``packing``.
 
     >>> packed_sizes(np.array([2, 1, 3]), torch.float32), packed_sizes(np.array([40, 50]), torch.bfloat16)
     ((6, 27), (96, 32768))
     """
+    if by_ends:
+        return int(lengths.sum()), int((lengths.astype(np.int64) ** 2).sum())
     shapes = [room.shape for room in rooms(lengths, dtype, together)]
     return filled(int(lengths.sum()), dtype), sum(rows * length**2 for rows, length in shapes)
 
@@ -159,11 +158,12 @@ def filled(tokens: int, dtype: torch.dtype) -> int:
 @dataclass(frozen=True, eq=False)
 class Layers:
     """The layers of a model that can be packed: ``path`` of their list in the model, the ``layers`` themselves, the
-    number of ``heads`` of their queries, and the ``config`` that names their attention."""
+    number of ``heads`` of their queries, their ``size``, and the ``config`` that names their attention."""
 
     path: str
     layers: Sequence[nn.Module]
     heads: int
+    size: int
     config: Any
 
     def depth(self, sites: Iterable[str]) -> int:
@@ -187,7 +187,9 @@ def packable(module: nn.Module) -> Layers | None:
         return None
     attribute = KNOWN[type(stack).__name__]
     prefix = f"{path}.{attribute}" if path else attribute
-    return Layers(prefix, list(getattr(stack, attribute)), config.num_attention_heads, config)
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Layers(prefix, list(getattr(stack, attribute)), heads, size, config)
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,14 +286,12 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Transformers' attention interface: (tokens, heads, 1, size) each -> (tokens, 1, heads, size)."""
-    tokens, heads = query.shape[:2]
-    groups = heads // key.shape[1]
+    groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     causal = bool(getattr(module, "is_causal", False))
-    query, key, value = (x.reshape(-1, x.shape[-1]) for x in (query, key, value))
-    out = block_diagonal(query, key, value, packing.blocks, packing.outward, scaling, causal)
-    return out.view(tokens, 1, heads, -1), None
+    query, key, value = (x.squeeze(2) for x in (query, key, value))
+    return packing.attention.attend(query, key, value, scaling, causal).unsqueeze(1), None
 
 
 AttentionInterface.register(NAME, _attention)
