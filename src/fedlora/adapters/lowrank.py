@@ -143,9 +143,10 @@ def flat(change: Change, rank: int, seed: int) -> Leading | None:
     if change.right is None or 2 * change.left.shape[1] >= min(change.shape):
         squares = _squares(change.product())
     else:
-        upper, failed = linalg.cholesky_ex(_squares(change.left.T), upper=True)
+        lower, failed = linalg.cholesky_ex(_squares(change.left.T))
         if int(failed):
             return None
+        upper = lower.T
         squares = upper @ _squares(change.right) @ upper.T
     size = float(squares.diagonal().sum(dtype=torch.float64))
     if not math.isfinite(size):  # squares of what float32 still holds; no other is larger than the diagonal's

@@ -16,11 +16,10 @@ from fedlora.adapters.algebra import linalg
 from fedlora.adapters.change import SQUARES, Change, Leading, dense_svd, orthonormal, with_rest
 from fedlora.federation.spec import stream
 
-TOLERANCE = (
-    5e-6  # of the computed bound, which is of first order: at most 6.7e-6 was lost where a search was made for more
-)
+TOLERANCE = 5e-6  # of the computed bound, which is of first order: 6.7e-6 was the most that a search saw lost
 STEPS = 16  # products that the iteration may take; by then the Gram matrix is cheaper
 DOUBT = 16.0  # how much larger than its residual a direction may be that hides in an unresolved column
+EVEN = 0.8  # of the last column's singular value over the last wanted one's, after one product: flat, or nearly
 ROUGH = 4  # products in bfloat16 that come first
 FILTERS = 12  # polynomials that the filtered iteration may take
 ROUNDING = 1e-6  # share of the largest eigenvalue below which float32 knows nothing of a smaller one
@@ -51,6 +50,8 @@ def iterate(change: Change, rank: int, seed: int, start: Tensor | None = None) -
         if limit <= TOLERANCE:
             left, right = partner @ inner[:, :rank], basis @ vt[:rank].T
             return with_rest(change, *((right, s[:rank], left) if turned else (left, s[:rank], right)))
+        if found is None and float(s[-1]) > EVEN * float(s[rank - 1]):
+            return None
         found = Leading(partner @ inner, s, basis @ vt.T)
         checked += limit < math.inf
         if checked and _hopeless(s, rank, limit, previous, STEPS - 1 - taken):
