@@ -5,7 +5,7 @@ gaps between freed activations. So 20 clients are also measured with as many cli
 
 Each federation is a whole ``fedlora.run`` in a process of its own: reading the data, one round, scores of every
 client, checkpoint, adapters. Run as ``python -m benchmarks.memory FOLDER MODEL ALGORITHM CLIENTS
-ROUNDS``, this module is that process.
+ROUNDS TOKENS``, this module is that process.
 """
 
 from __future__ import annotations
@@ -20,20 +20,24 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.report import ROOT, Report
 
 EXAMPLES, FEW, MANY = 20, 20, 1000
 LABELS = ("calm", "dull", "keen", "wary")
-ALGORITHMS = ("fedit", "flexlora")
+CASES: tuple[tuple[str, int | None], ...] = (("fedit", None), ("flexlora", None), ("fedit", 2048))
+"""Algorithms, and the tokens of a pass (None: as many as the library chooses)."""
 LIMIT = 100.0
 """MB that 1,000 clients may need more than 20."""
 
 
-def measure(folder: Path, model: str, algorithm: str, clients: int, rounds: int = 1) -> dict[str, Any]:
+def measure(
+    folder: Path, model: str, algorithm: str, clients: int, rounds: int = 1, tokens: int | None = None
+) -> dict[str, Any]:
     """One federation in its own process: megabytes above the loaded model, seconds, client-steps."""
-    words = [sys.executable, "-m", "benchmarks.memory", str(folder), model, algorithm, str(clients), str(rounds)]
+    given = (folder, model, algorithm, clients, rounds, "auto" if tokens is None else tokens)
+    words = [sys.executable, "-m", "benchmarks.memory", *map(str, given)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -47,15 +51,16 @@ def run(quick: bool = False) -> Report:
     sizes = ((FEW, 1), (FEW, MANY // FEW), (MANY, 1))
     rows: list[tuple[object, ...]] = []
     details: dict[str, Any] = {}
-    for algorithm in ALGORITHMS:
+    for algorithm, tokens in CASES:
+        name = algorithm if tokens is None else f"{algorithm}, passes of {tokens:,} tokens"
         found: list[dict[str, Any]] = []
         for clients, rounds in sizes:
             with tempfile.TemporaryDirectory() as folder:
-                found.append(measure(Path(folder), model, algorithm, clients, rounds))
-            print(f"{algorithm}, {clients} clients, {rounds} rounds: {found[-1]}", file=sys.stderr)
+                found.append(measure(Path(folder), model, algorithm, clients, rounds, tokens))
+            print(f"{name}, {clients} clients, {rounds} rounds: {found[-1]}", file=sys.stderr)
         once, longer, many = (one["megabytes"] for one in found)
-        rows.append((algorithm, once, longer, many, many - once, many - longer, found[-1]["seconds"]))
-        details[algorithm] = found
+        rows.append((name, once, longer, many, many - once, many - longer, found[-1]["seconds"]))
+        details[name] = found
     return Report(
         "memory",
         "Peak memory above the loaded model, MB",
@@ -84,7 +89,9 @@ def run(quick: bool = False) -> Report:
 # -- the process that is measured
 
 
-def child(folder: Path, model: str, algorithm: str, clients: int, rounds: int) -> dict[str, Any]:
+def child(
+    folder: Path, model: str, algorithm: str, clients: int, rounds: int, tokens: int | Literal["auto"]
+) -> dict[str, Any]:
     """Runs one federation in this process."""
     import fedlora
     from fedlora.study import run as _everything  # noqa: F401  loaded before the count begins
@@ -102,6 +109,7 @@ def child(folder: Path, model: str, algorithm: str, clients: int, rounds: int) -
         },
         "algorithm": {"name": algorithm},
         "training": {"rounds": rounds, "batch_size": 8, "eval_every": 0},
+        "engine": {"tokens": tokens},
     }
     before = forget_peak()
     start = time.perf_counter()
@@ -175,5 +183,6 @@ def _status(name: str) -> int:
 
 
 if __name__ == "__main__":
-    place, model, algorithm, clients, rounds = sys.argv[1:]
-    print(json.dumps(child(Path(place), model, algorithm, int(clients), int(rounds))))
+    place, model, algorithm, clients, rounds, tokens = sys.argv[1:]
+    made = child(Path(place), model, algorithm, int(clients), int(rounds), "auto" if tokens == "auto" else int(tokens))
+    print(json.dumps(made))

@@ -88,10 +88,10 @@ class Plan:
         sizes = {slot.A.shape[:2] for slots in self.slots.values() for slot in slots}
         owners: dict[int, Tensor] = {}
         for lanes, rank in sizes:
-            found = torch.zeros(self.rows, lanes * rank, dtype=dtype)
+            found = torch.zeros(self.rows, lanes * rank, dtype=dtype, device=device)
             for lane, start, stop in self.segments:
                 found[start:stop, lane * rank : (lane + 1) * rank] = 1
-            owners[rank] = found.to(device)
+            owners[rank] = found
         return replace(self, owners=owners)
 
 
