@@ -241,7 +241,7 @@ def report(device: str, quick: bool, found: Sequence[Check]) -> Report:
             f"PEFT: no dropout, SDPA, bfloat16 by autocast on a bfloat16 base; fedlora: up to {TOKENS} tokens a pass",
             "apart: |difference of the round's averages| / |what training moved|",
             *(check.text for check in found),
-            f"without padding on this device (torch's kernel for sequences end to end): {ends(device)}",
+            f"without padding in bfloat16 on this device (torch's kernel for sequences end to end): {ends(device)}",
             f"CUDA {torch.version.cuda}, device {where}",
         ),
         {"checks": [{"what": check.what, "apart": check.apart, "skipped": check.skipped} for check in found]},
@@ -249,10 +249,9 @@ def report(device: str, quick: bool, found: Sequence[Check]) -> Report:
 
 
 def ends(device: str) -> str:
-    """In which types the models' heads of 32 and 64 are taken without padding."""
-    tried = [(size, dtype) for size in (32, 64) for dtype in (torch.float32, torch.bfloat16)]
-    taken = [f"{str(d).removeprefix('torch.')}, heads of {s}" for s, d in tried if agrees(torch.device(device), d, s)]
-    return "; ".join(taken) or "nothing"
+    """Of the models' heads, those that are taken without padding in bfloat16."""
+    taken = [f"heads of {size}" for size in (32, 64) if agrees(torch.device(device), torch.bfloat16, size)]
+    return ", ".join(taken) or "nothing"
 
 
 def main() -> None:

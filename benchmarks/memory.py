@@ -26,17 +26,18 @@ from benchmarks.report import ROOT, Report
 
 EXAMPLES, FEW, MANY = 20, 20, 1000
 LABELS = ("calm", "dull", "keen", "wary")
-CASES: tuple[tuple[str, int | None], ...] = (("fedit", None), ("flexlora", None), ("fedit", 2048))
-"""Algorithms, and the tokens of a pass (None: as many as the library chooses)."""
+Tokens = int | Literal["auto"]
+CASES: tuple[tuple[str, Tokens], ...] = (("fedit", "auto"), ("flexlora", "auto"), ("fedit", 2048))
+"""Algorithms, and the tokens of a pass ("auto": as many as the library chooses)."""
 LIMIT = 100.0
 """MB that 1,000 clients may need more than 20."""
 
 
 def measure(
-    folder: Path, model: str, algorithm: str, clients: int, rounds: int = 1, tokens: int | None = None
+    folder: Path, model: str, algorithm: str, clients: int, rounds: int = 1, tokens: Tokens = "auto"
 ) -> dict[str, Any]:
     """One federation in its own process: megabytes above the loaded model, seconds, client-steps."""
-    given = (folder, model, algorithm, clients, rounds, "auto" if tokens is None else tokens)
+    given = (folder, model, algorithm, clients, rounds, tokens)
     words = [sys.executable, "-m", "benchmarks.memory", *map(str, given)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -52,7 +53,7 @@ def run(quick: bool = False) -> Report:
     rows: list[tuple[object, ...]] = []
     details: dict[str, Any] = {}
     for algorithm, tokens in CASES:
-        name = algorithm if tokens is None else f"{algorithm}, passes of {tokens:,} tokens"
+        name = algorithm if tokens == "auto" else f"{algorithm}, passes of {tokens:,} tokens"
         found: list[dict[str, Any]] = []
         for clients, rounds in sizes:
             with tempfile.TemporaryDirectory() as folder:
@@ -89,9 +90,7 @@ def run(quick: bool = False) -> Report:
 # -- the process that is measured
 
 
-def child(
-    folder: Path, model: str, algorithm: str, clients: int, rounds: int, tokens: int | Literal["auto"]
-) -> dict[str, Any]:
+def child(folder: Path, model: str, algorithm: str, clients: int, rounds: int, tokens: Tokens) -> dict[str, Any]:
     """Runs one federation in this process."""
     import fedlora
     from fedlora.study import run as _everything  # noqa: F401  loaded before the count begins

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.attention.varlen  # brings the operations that the fixture gives to the CPU
 from torch import Tensor
-from torch.nn.attention import varlen as kernels
 
 from fedlora.learning import varlen
 from fedlora.learning.flops import Counter
@@ -25,7 +25,6 @@ from learning.test_packing import LENGTHS, batch, gated, known, outcome
 from learning.test_packing import apart as relative
 
 CPU = torch.device("cpu")
-Op: Any = torch.ops.torch_attn  # type: ignore[attr-defined]
 
 
 def forward(
@@ -62,7 +61,6 @@ def backward(
 
 @pytest.fixture(scope="module", autouse=True)
 def on_the_cpu() -> Iterator[None]:
-    assert kernels.varlen_attn is not None
     with torch.library._scoped_library("torch_attn", "FRAGMENT") as library:
         torch.library.register_kernel("torch_attn::_varlen_attn", "cpu", forward, lib=library)
         torch.library.register_kernel("torch_attn::_varlen_attn_backward", "cpu", backward, lib=library)
@@ -113,7 +111,7 @@ def test_all_of_a_pass_is_on_the_device(kind: str, together: bool, monkeypatch: 
         ends = replace(made.attention, ends=made.attention.ends.to(mask.device))
         return replace(made, source=made.source.to(mask.device), back=made.back.to(mask.device), attention=ends)
 
-    monkeypatch.setattr("fedlora.learning.backbone.packing", there)
+    monkeypatch.setattr("fedlora.learning.packing.packing", there)
     base = known(kind, torch.bfloat16).to(device="meta")
     plan, _ = gated(base)
     slots = {

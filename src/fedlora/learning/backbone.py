@@ -21,9 +21,8 @@ from fedlora.adapters.inject import embeddings, inject, norms, remove, select
 from fedlora.adapters.lora import LaneLinear, Plan, applied
 from fedlora.errors import UserError
 from fedlora.federation.spec import Extras, ModelSpec, Tree
-from fedlora.learning import varlen
 from fedlora.learning.checkpointing import checkpointable, checkpointed, surrounded
-from fedlora.learning.packing import Known, Layers, Packing, below, packable, packed, packing
+from fedlora.learning.packing import Known, Layers, Packing, below, packable, packed
 from fedlora.learning.pooled import POOLINGS, hidden_size, masked_mean
 from fedlora.learning.prefix import Prefix
 from fedlora.learning.prepacked import Prepacked, using
@@ -139,8 +138,7 @@ class Backbone:
         """The adapted layers follow the plan, on packed tokens where this model and batch allow it."""
         found, together = None, together and plan is not None and len(plan.segments) > 1
         if "input_ids" in inputs and self.packs(inputs["input_ids"].shape[1]):
-            heads = cast(Layers, self._stack).heads
-            found = packing(inputs["attention_mask"], heads, self.dtype, together, self.by_ends)
+            found = cast(Layers, self._stack).packing(inputs["attention_mask"], self.dtype, together)
         with ExitStack() as stack:
             stack.enter_context(using(self.prepacked))
             if found is not None:
@@ -186,7 +184,7 @@ class Backbone:
     @property
     def by_ends(self) -> bool:
         """Whether attention takes sequences that lie end to end."""
-        return self._stack is not None and varlen.agrees(self.device, self.dtype, self._stack.size)
+        return self._stack is not None and self._stack.by_ends(self.device, self.dtype)
 
     def _packable(self) -> Layers | None:
         """The layers that can be packed, if every adapted layer is in one of them."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from fedlora.adapters.lora import Plan
+from fedlora.learning import varlen
 from fedlora.learning.blockwise import Blocks, blocks_of, rooms
 from fedlora.learning.varlen import Ends
 
@@ -171,6 +172,14 @@ class Layers:
         numbers = [int(site.removeprefix(f"{self.path}.").split(".", 1)[0]) for site in sites]
         return min(numbers, default=0)
 
+    def by_ends(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether attention takes sequences that lie end to end."""
+        return varlen.agrees(device, dtype, self.size)
+
+    def packing(self, mask: Tensor, dtype: torch.dtype, together: bool = False) -> Packing | None:
+        """How a batch is packed for these layers: see ``packing``."""
+        return packing(mask, self.heads, dtype, together, self.by_ends(mask.device, dtype))
+
 
 def packable(module: nn.Module) -> Layers | None:
     """A model's layers, where it is known that they may be packed."""
@@ -227,7 +236,7 @@ def below(
     found: Layers, depth: int, dtype: torch.dtype, inputs: Mapping[str, Tensor], call: Callable[[], Any]
 ) -> Tensor:
     """(tokens, width) what the layers below ``depth`` say of one text; ``call``: a pass of its inputs."""
-    alone = packing(inputs["attention_mask"], found.heads, dtype)
+    alone = found.packing(inputs["attention_mask"], dtype)
     assert alone is not None
     with torch.no_grad(), packed(found, alone), until(found, depth):
         try:
