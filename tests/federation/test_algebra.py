@@ -110,6 +110,21 @@ def test_accumulators_are_bounded_by_two_dense_sums() -> None:
     assert set(aggregator.report(acc)) == {"s/W", "head/bias"}
 
 
+@pytest.mark.parametrize("wide", [True, False])
+def test_products_of_many_columns_and_of_few(wide: bool) -> None:
+    g, aggregator = torch.Generator().manual_seed(3), Products(wide=wide)
+    ranks = (130, 5, 140, 128, 7, 127, 200, 1)  # some are multiplied alone, the others side by side
+    trees = [factored(400, 300, rank, 0.5 + rank / 100, g, torch.float32) for rank in ranks]
+    parts = [aggregator.zero(), aggregator.zero()]
+    for k, tree in enumerate(trees):
+        parts[k % 2] = aggregator.accumulate(parts[k % 2], WHO, Update(tree, 1.0 + k, {}))
+    before = encode(parts[0])
+    value = aggregator.report(aggregator.merge(*parts))
+    exact = sum((1.0 + k) * by_hand(tree) for k, tree in enumerate(trees)) / sum(1.0 + k for k in range(len(trees)))
+    assert np.linalg.norm(value["s/W"].double().numpy() - exact) <= (1e-13 if wide else 1e-6) * np.linalg.norm(exact)
+    assert encode(parts[0]) == before
+
+
 @pytest.mark.parametrize("aggregator", [Mean(), Products(), Products(dense=True)])
 def test_aggregators_are_monoids_that_change_nothing(aggregator: Any) -> None:
     g = torch.Generator().manual_seed(2)

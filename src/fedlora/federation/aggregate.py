@@ -7,7 +7,7 @@ memory is that of one accumulator.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ from torch import Tensor
 from fedlora.adapters.algebra import factors, sites, whole
 from fedlora.federation.algorithm import Update
 from fedlora.federation.spec import Client
+
+WIDE = 128
+"""Columns from which a product is as fast alone as with others beside it."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Products:
 
     A site is kept as factors [w_i s_i B_i] and [C_i A_i] while those are smaller than their product, and as the product
     from then on (always, with ``dense``). What comes later waits as factors, up to as many numbers, and is then added
-    in one multiplication: few columns at a time would mostly move memory. So memory is bounded by two dense sums.
+    in few multiplications: few columns at a time would mostly move memory. So memory is bounded by two dense sums.
     ``wide``: in float64; otherwise in the updates' own type, at least float32.
 
     The report is a tree either way: ``site/A, site/B, site/scale = 1``, or ``site/W``.
@@ -113,10 +116,14 @@ class Products:
         """The dense sum over the weight."""
         if not found["left"]:
             return found["sum"] / weight
-        left, right = torch.cat(found["left"], 1), torch.cat(found["right"])
-        if "sum" not in found:
-            return left @ right
-        return torch.addmm(found["sum"], left, right, beta=1 / weight, alpha=1 / weight)
+        (left, right), *more = _few(found["left"], found["right"])
+        if "sum" in found:
+            out = torch.addmm(found["sum"], left, right, beta=1 / weight, alpha=1 / weight)
+        else:
+            out = left / weight @ right
+        for left, right in more:
+            out.addmm_(left, right, alpha=1 / weight)
+        return out
 
     def merge(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
         both = {**a["sites"], **b["sites"]}
@@ -136,6 +143,17 @@ class Products:
                 tree[f"{site}/B"] /= acc["weight"]
                 tree[f"{site}/scale"] = torch.ones((), dtype=tree[f"{site}/A"].dtype)
         return tree
+
+
+def _few(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Factors of the same sum in few products: narrow ones side by side, wide ones as they are, for whose products
+    copies would only be work."""
+    pairs = list(zip(lefts, rights, strict=True))
+    wide = [pair for pair in pairs if pair[0].shape[1] >= WIDE]
+    narrow = [pair for pair in pairs if pair[0].shape[1] < WIDE]
+    if not narrow:
+        return wide
+    return [*wide, (torch.cat([left for left, _ in narrow], 1), torch.cat([right for _, right in narrow]))]
 
 
 @dataclass(frozen=True)
