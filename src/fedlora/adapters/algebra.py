@@ -86,11 +86,17 @@ def zeros(tree: Tree) -> dict[str, Tensor]:
     return {key: torch.zeros_like(value) for key, value in tree.items() if not key.endswith("/scale")}
 
 
-def factors(tree: Tree, site: str, dtype: torch.dtype | None = None, weight: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(w s B, C A) of a factored site: (out, r), (r, in); computed in ``dtype`` where one is given."""
+def unscaled(tree: Tree, site: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, C A, s) of a factored site: (out, r), (r, in), (); in ``dtype`` where one is given."""
     entries = {name: tree[f"{site}/{name}"].to(dtype) for name in ("A", "B", "C", "scale") if f"{site}/{name}" in tree}
-    left, right = entries["B"] * (weight * entries["scale"]), entries["A"]
-    return left, entries["C"] @ right if "C" in entries else right
+    right = entries["C"] @ entries["A"] if "C" in entries else entries["A"]
+    return entries["B"], right, entries["scale"]
+
+
+def factors(tree: Tree, site: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """(s B, C A) of a factored site: (out, r), (r, in); computed in ``dtype`` where one is given."""
+    left, right, scale = unscaled(tree, site, dtype)
+    return left * scale, right
 
 
 def product(tree: Tree, site: str) -> Tensor:

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.adapters.algebra import factors, sites, whole
+from fedlora.adapters.algebra import sites, unscaled, whole
 from fedlora.federation.algorithm import Update
 from fedlora.federation.spec import Client
 
 WIDE = 128
 """Columns from which a product is as fast alone as with others beside it."""
+NOTHING: Mapping[str, Any] = {"left": [], "right": [], "scale": [], "held": 0}
+"""The factors that wait at a site: none."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,10 @@ def _union(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
 class Products:
     """sum_i p_i s_i B_i C_i A_i per site, exact, never mixing factors of two clients; whole parameters as in Mean.
 
-    A site is kept as factors [w_i s_i B_i] and [C_i A_i] while those are smaller than their product, and as the product
-    from then on (always, with ``dense``). What comes later waits as factors, up to as many numbers, and is then added
-    in few multiplications: few columns at a time would mostly move memory. So memory is bounded by two dense sums.
+    A site is kept as factors B_i, C_i A_i and scales w_i s_i while those are smaller than their product, and as the
+    product from then on (always, with ``dense``). What comes later waits as factors, up to as many numbers, and is then
+    added in few multiplications: few columns at a time would mostly move memory. So memory is bounded by two dense
+    sums.
     ``wide``: in float64; otherwise in the updates' own type, at least float32.
 
     The report is a tree either way: ``site/A, site/B, site/scale = 1``, or ``site/W``.
@@ -84,10 +87,11 @@ class Products:
             if f"{site}/W" in update.arrays:
                 change = update.arrays[f"{site}/W"]
                 total = weight * change.to(self.dtype(change))
-                mine: dict[str, Any] = {"left": [], "right": [], "held": 0, "sum": total}
+                mine: dict[str, Any] = {**NOTHING, "sum": total}
             else:
-                left, right = factors(update.arrays, site, self.dtype(update.arrays[f"{site}/A"]), weight)
-                mine = {"left": [left], "right": [right], "held": left.numel() + right.numel()}
+                left, right, scale = unscaled(update.arrays, site, self.dtype(update.arrays[f"{site}/A"]))
+                held = left.numel() + right.numel()
+                mine = {"left": [left], "right": [right], "scale": [weight * float(scale)], "held": held}
             found[site] = self.join(found[site], mine) if site in found else self.settle(mine)
         rest = Mean().accumulate(acc["whole"], client, Update(whole(update.arrays), update.weight, {}))
         return {"weight": acc["weight"] + weight, "sites": found, "whole": rest}
@@ -98,7 +102,7 @@ class Products:
 
     def join(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
         """The sum of two sites' accumulators."""
-        both = {name: a[name] + b[name] for name in ("left", "right", "held")}
+        both = {name: a[name] + b[name] for name in NOTHING}
         if sums := [one["sum"] for one in (a, b) if "sum" in one]:
             both["sum"] = sums[0] if len(sums) == 1 else sums[0] + sums[1]
         return self.settle(both)
@@ -110,19 +114,19 @@ class Products:
         size = found["left"][0].shape[0] * found["right"][0].shape[1]
         if not self.dense and found["held"] < size:
             return dict(found)
-        return {"left": [], "right": [], "held": 0, "sum": self.total(found)}
+        return {**NOTHING, "sum": self.total(found)}
 
     def total(self, found: Mapping[str, Any], weight: float = 1.0) -> Tensor:
         """The dense sum over the weight."""
         if not found["left"]:
             return found["sum"] / weight
-        (left, right), *more = _few(found["left"], found["right"])
+        (left, right, scale), *more = _few(found)
         if "sum" in found:
-            out = torch.addmm(found["sum"], left, right, beta=1 / weight, alpha=1 / weight)
+            out = torch.addmm(found["sum"], left, right, beta=1 / weight, alpha=scale / weight)
         else:
-            out = left / weight @ right
-        for left, right in more:
-            out.addmm_(left, right, alpha=1 / weight)
+            out = (left @ right).mul_(scale / weight)
+        for left, right, scale in more:
+            out.addmm_(left, right, alpha=scale / weight)
         return out
 
     def merge(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,21 +143,32 @@ class Products:
             if "sum" in found:
                 tree[f"{site}/W"] = self.total(found, acc["weight"])
             else:
-                tree[f"{site}/A"], tree[f"{site}/B"] = torch.cat(found["right"]), torch.cat(found["left"], 1)
-                tree[f"{site}/B"] /= acc["weight"]
+                left, tree[f"{site}/A"] = _beside(_terms(found))
+                tree[f"{site}/B"] = left / acc["weight"]
                 tree[f"{site}/scale"] = torch.ones((), dtype=tree[f"{site}/A"].dtype)
         return tree
 
 
-def _few(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Factors of the same sum in few products: narrow ones side by side, wide ones as they are, for whose products
-    copies would only be work."""
-    pairs = list(zip(lefts, rights, strict=True))
-    wide = [pair for pair in pairs if pair[0].shape[1] >= WIDE]
-    narrow = [pair for pair in pairs if pair[0].shape[1] < WIDE]
-    if not narrow:
-        return wide
-    return [*wide, (torch.cat([left for left, _ in narrow], 1), torch.cat([right for _, right in narrow]))]
+Term = tuple[Tensor, Tensor, float]
+"""(left, right, scale): scale * left @ right."""
+
+
+def _terms(found: Mapping[str, Any]) -> list[Term]:
+    return list(zip(found["left"], found["right"], found["scale"], strict=True))
+
+
+def _few(found: Mapping[str, Any]) -> list[Term]:
+    """What waits, in few products: narrow factors side by side, wide ones as they are, for whose products copies would
+    only be work."""
+    terms = _terms(found)
+    wide = [term for term in terms if term[0].shape[1] >= WIDE]
+    narrow = [term for term in terms if term[0].shape[1] < WIDE]
+    return [*wide, (*_beside(narrow), 1.0)] if narrow else wide
+
+
+def _beside(terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
+    """Their sum as one product: scaled lefts side by side, rights below each other."""
+    return torch.cat([left * scale for left, _, scale in terms], 1), torch.cat([right for _, right, _ in terms])
 
 
 @dataclass(frozen=True)
