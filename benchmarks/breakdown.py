@@ -13,8 +13,8 @@ from benchmarks.peers.compare import MINILM
 from benchmarks.peers.flops import peak
 from benchmarks.report import Report
 from fedlora.federation.rounds import rounds
-from fedlora.learning.backbone import load_backbone
 from fedlora.learning.batches import lanes_for
+from fedlora.learning.loading import load_backbone
 from fedlora.learning.prepacked import prepacks
 from fedlora.study.resolution import FAST
 

@@ -21,7 +21,7 @@ from benchmarks.lanes import LABELS, RANK, SEED, Shape, fixed, fleet, world
 from benchmarks.memory import forget_peak, peak
 from benchmarks.report import ROOT, Report
 from fedlora.federation.rounds import rounds
-from fedlora.learning.backbone import load_backbone
+from fedlora.learning.loading import load_backbone
 
 LENGTH, BATCH = 128, 16
 FULL, QUICK = ((2_048, 8_192, 32_768), 2), ((2_048,), 1)

@@ -26,7 +26,8 @@ from benchmarks.lanes import ALPHA, LABELS, RANK, SEED, SHAPES, Plain, Trained, 
 from benchmarks.report import Report
 from fedlora.errors import UserError
 from fedlora.federation.rounds import rounds
-from fedlora.learning.backbone import Backbone, load_backbone
+from fedlora.learning.backbone import Backbone
+from fedlora.learning.loading import load_backbone
 from fedlora.learning.varlen import agrees
 
 LANES, FEW = (1, 4, 16, 64), (1, 4)

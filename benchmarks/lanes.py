@@ -29,8 +29,9 @@ from fedlora.engines.simulator import Simulator
 from fedlora.federation.orders import Fit, Model, Optimizer, Training
 from fedlora.federation.rounds import rounds
 from fedlora.federation.spec import Client, ModelSpec, derive
-from fedlora.learning.backbone import Backbone, load_backbone
+from fedlora.learning.backbone import Backbone
 from fedlora.learning.learner import Learner
+from fedlora.learning.loading import load_backbone
 from fedlora.learning.optim import plan
 from fedlora.learning.tasks import Examples, TextClassification
 

@@ -144,7 +144,7 @@ def load(folder: Path, model: str) -> Any:
     from transformers import AutoModel, AutoTokenizer
 
     if model == "minilm":
-        from fedlora.learning.backbone import minilm_folder
+        from fedlora.learning.sources import minilm_folder
 
         place = minilm_folder()
     else:

@@ -12,8 +12,9 @@ import torch
 from benchmarks.lanes import LABELS, RANK, SEED, SHAPES, World, fleet, world
 from benchmarks.report import Report
 from fedlora.federation.rounds import rounds
-from fedlora.learning.backbone import Backbone, load_backbone
+from fedlora.learning.backbone import Backbone
 from fedlora.learning.batches import lanes_for
+from fedlora.learning.loading import load_backbone
 from fedlora.study.resolution import TOKENS
 
 UPPER, ROOM = (3, 4, 5), 1 << 30

@@ -18,7 +18,8 @@ from benchmarks.lanes import LABELS, SEED, SHAPES, World, fleet, world
 from benchmarks.report import Report
 from fedlora.federation.client import Executor, Job
 from fedlora.federation.rounds import rounds
-from fedlora.learning.backbone import Backbone, load_backbone
+from fedlora.learning.backbone import Backbone
+from fedlora.learning.loading import load_backbone
 
 CLIENTS, STEPS, ROUNDS = 20, 5, 5
 

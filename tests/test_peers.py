@@ -29,8 +29,8 @@ from benchmarks.peers.processes import Run, Setting, Task
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from fedlora.learning.backbone import load_backbone
 from fedlora.learning.flops import Counter
+from fedlora.learning.loading import load_backbone
 
 ROWS, LENGTH, WIDTH, LABELS = 3, 10, 32, 4
 

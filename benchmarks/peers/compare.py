@@ -20,7 +20,7 @@ from benchmarks.peers.flops import Encoder, peak
 from benchmarks.peers.processes import Run, Setting
 from benchmarks.report import Report
 from fedlora.federation.spec import ModelSpec
-from fedlora.learning.backbone import load_backbone
+from fedlora.learning.loading import load_backbone
 from fedlora.study.resolution import FAST, TOKENS
 
 MINILM = Encoder(layers=6, width=384, inner=1536, rank=RANK)

@@ -19,7 +19,7 @@ def build(labels):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer
 
-    from fedlora.learning.backbone import load_backbone
+    from fedlora.learning.loading import load_backbone
 
     backbone = load_backbone("minilm", "text-classification", labels=labels, adapt=False)
     model = get_peft_model(

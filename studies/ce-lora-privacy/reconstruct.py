@@ -30,7 +30,7 @@ from torch import Tensor
 from fedlora.federation.client import Job
 from fedlora.federation.orders import Fit, Model
 from fedlora.federation.spec import Tree, derive
-from fedlora.learning.backbone import load_backbone
+from fedlora.learning.loading import load_backbone
 from fedlora.study.config import load
 from fedlora.study.experiment import Experiment, assemble
 

@@ -16,9 +16,9 @@ from fedlora.errors import UserError
 from fedlora.federation.orders import Fit, Model
 from fedlora.federation.spec import Extras
 from fedlora.learning import sources as module_under_test
-from fedlora.learning.backbone import load_backbone
 from fedlora.learning.fast import measure
 from fedlora.learning.images import load_processor
+from fedlora.learning.loading import load_backbone
 from fedlora.learning.pooled import PooledClassifier
 from fedlora.learning.sources import minilm_folder
 from fedlora.learning.tasks import CausalLM, TextClassification

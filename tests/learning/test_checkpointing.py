@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 import fedlora
 from fedlora.adapters.lora import Plan
 from fedlora.errors import UserError
-from fedlora.learning.backbone import Backbone, load_backbone
+from fedlora.learning.backbone import Backbone
+from fedlora.learning.loading import load_backbone
 from learning.test_packing import LENGTHS, batch, gated, known, outcome
 from learning.worlds import LABELS, VOCAB, llama, seeded
 from study import tiny

@@ -9,9 +9,9 @@ from torch.nn import functional
 from transformers import AutoModelForImageClassification
 
 from fedlora.errors import UserError
-from fedlora.learning.backbone import load_backbone
 from fedlora.learning.cnn import CNN, PIXELS, WIDTHS, CNNConfig
 from fedlora.learning.images import load_processor
+from fedlora.learning.loading import load_backbone
 
 TEN = tuple("abcdefghij")
 MIB = {"cnn-1": "10.00", "cnn-2": "6.92", "cnn-3": "5.04", "cnn-4": "4.04", "cnn-5": "2.56"}

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedlora.learning.backbone import load_backbone
 from fedlora.learning.examples import Examples
 from fedlora.learning.fast import ENOUGH, STEPS, _learner, _seconds, cast
+from fedlora.learning.loading import load_backbone
 from fedlora.learning.tasks import TextClassification
 from learning.worlds import LABELS, backbone, examples, spec_of
 

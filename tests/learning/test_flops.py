@@ -8,10 +8,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fedlora.federation.orders import Features, Fit, Model, Optimizer, Score, Tuned
-from fedlora.learning.backbone import load_backbone
 from fedlora.learning.cnn import PIXELS
 from fedlora.learning.examples import Examples
 from fedlora.learning.flops import Counter, Meter
+from fedlora.learning.loading import load_backbone
 from fedlora.learning.tasks import CausalLM, ImageClassification
 from learning.worlds import RANKS, adapter, backbone, distance, examples, learner, run, spec_of, splits
 

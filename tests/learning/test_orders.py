@@ -15,8 +15,8 @@ from fedlora.adapters.inject import remove
 from fedlora.federation.client import Job
 from fedlora.federation.orders import Batch, Features, Fit, Model, Optimizer, Outputs, Score
 from fedlora.federation.spec import Extras, Tree
-from fedlora.learning.backbone import load_backbone
 from fedlora.learning.learner import Learner
+from fedlora.learning.loading import load_backbone
 from fedlora.learning.tasks import TextClassification
 from learning.worlds import (
     LABELS,

@@ -17,10 +17,11 @@ from fedlora.adapters.lora import Dropout, Factors, Plan
 from fedlora.federation.orders import Fit, Model, Optimizer, Score
 from fedlora.learning import blockwise
 from fedlora.learning import packing as packed
-from fedlora.learning.backbone import LONG, Backbone, load_backbone
+from fedlora.learning.backbone import LONG, Backbone
 from fedlora.learning.batches import evenly
 from fedlora.learning.blockwise import BIN, BLOCK, Blocks, blocks_of, partition, rooms
 from fedlora.learning.fitting import Diverged
+from fedlora.learning.loading import load_backbone
 from fedlora.learning.packing import packable, packed_sizes, packing
 from learning.test_batches import texts
 from learning.worlds import LABELS, VOCAB, adapter, backbone, bert, distance, learner, run, seeded, spec_of

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 import fedlora
-from fedlora.learning.backbone import Backbone, load_backbone
+from fedlora.learning.backbone import Backbone
 from fedlora.learning.flops import Counter
+from fedlora.learning.loading import load_backbone
 from learning.test_packing import LENGTHS, apart, batch, gated, qwen, roberta
 from learning.worlds import LABELS, bert
 from study import tiny

@@ -15,10 +15,10 @@ from torch.nn import functional
 from fedlora.errors import UserError
 from fedlora.federation.orders import Features, Fit, Model, Score
 from fedlora.learning import examples, tasks
-from fedlora.learning.backbone import load_backbone
 from fedlora.learning.images import Pixels
 from fedlora.learning.language import exact_match, rendered, rouge_l
 from fedlora.learning.learner import Learner
+from fedlora.learning.loading import load_backbone
 from fedlora.learning.tasks import CausalLM, ImageClassification, TextClassification
 from learning.worlds import adapter, run, seeded
 

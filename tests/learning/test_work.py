@@ -24,7 +24,7 @@ from fedlora.engines.simulator import Simulator
 from fedlora.federation.orders import Optimizer, Training
 from fedlora.federation.rounds import Report, evaluate, rounds
 from fedlora.federation.spec import Client
-from fedlora.learning import backbone as backbones
+from fedlora.learning import loading
 from fedlora.learning.backbone import Backbone
 from fedlora.learning.learner import Learner
 from fedlora.learning.tasks import Examples, TextClassification
@@ -179,8 +179,8 @@ def test_a_run_loads_one_base_and_tokenises_what_it_reads(tmp_path: Path, monkey
         loads.append(given[0])
         return original(*given)
 
-    original = backbones.load_model
-    monkeypatch.setattr(backbones, "load_model", load_model)
+    original = loading.load_model
+    monkeypatch.setattr(loading, "load_model", load_model)
     monkeypatch.setattr("fedlora.learning.tasks.MANY", 1)  # a large population's way
     training = "rounds = 2\nclients_per_round = 3\nepochs = 1\nbatch_size = 4\n"
     file = tiny.run_file(tmp_path, training=training, data="partition = {clients = 30}\n")

@@ -12,8 +12,9 @@ import transformers
 from fedlora.federation.client import Job
 from fedlora.federation.orders import Order
 from fedlora.federation.spec import ModelSpec, stream
-from fedlora.learning.backbone import Backbone, load_backbone
+from fedlora.learning.backbone import Backbone
 from fedlora.learning.learner import Learner
+from fedlora.learning.loading import load_backbone
 from fedlora.learning.tasks import Examples, TextClassification
 
 VOCAB, LABELS = 60, ("red", "green", "blue")

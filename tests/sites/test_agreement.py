@@ -12,7 +12,8 @@ import torch
 
 import fedlora
 from fedlora.algorithms import ALGORITHMS
-from fedlora.learning.backbone import Backbone, load_backbone
+from fedlora.learning.backbone import Backbone
+from fedlora.learning.loading import load_backbone
 from fedlora.learning.tasks import TextClassification
 from fedlora.sites.agreement import algorithm_fact, differences, facts
 from study.tiny import encoder

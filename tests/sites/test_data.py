@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedlora.errors import UserError
-from fedlora.learning.backbone import load_backbone
+from fedlora.learning.loading import load_backbone
 from fedlora.sites.data import population, rank_of
 from fedlora.sites.settings import SiteSettings, parse
 from fedlora.study.config import RunConfig

@@ -14,7 +14,7 @@ from torch import nn
 
 import fedlora
 from fedlora.errors import UserError
-from fedlora.learning.backbone import load_backbone
+from fedlora.learning.loading import load_backbone
 from study import tiny
 
 ADAPTER = "adapters/global/adapter_model.safetensors"

@@ -27,8 +27,8 @@ from fedlora.algorithms import ALGORITHMS
 from fedlora.errors import UserError
 from fedlora.federation import checkpoint as checkpoints
 from fedlora.federation.orders import Model
-from fedlora.learning.backbone import load_backbone
 from fedlora.learning.language import prompt_of
+from fedlora.learning.loading import load_backbone
 from fedlora.study.config import load as load_config
 from fedlora.study.config import parse
 from fedlora.study.deploy import deployed as of_client

@@ -14,7 +14,7 @@ import transformers
 
 import fedlora
 from fedlora.errors import UserError
-from fedlora.learning.backbone import load_backbone
+from fedlora.learning.loading import load_backbone
 from fedlora.study import export
 from fedlora.study.after import evaluate
 from fedlora.study.config import load

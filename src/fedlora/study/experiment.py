@@ -24,8 +24,9 @@ from fedlora.federation.orders import Model
 from fedlora.federation.rounds import evaluate
 from fedlora.federation.sampling import Cohorts
 from fedlora.federation.spec import Client, Extras, ModelSpec, Sums
-from fedlora.learning.backbone import Backbone, load_backbone
+from fedlora.learning.backbone import Backbone
 from fedlora.learning.learner import Learner
+from fedlora.learning.loading import load_backbone
 from fedlora.learning.prepacked import prepacks
 from fedlora.learning.tasks import Examples, Task
 from fedlora.study import algorithm as algorithms

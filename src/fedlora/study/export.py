@@ -119,7 +119,7 @@ def recipe(backbone: Backbone) -> tuple[str, ...]:
 
 def rebuilt(about: About, device: str = "cpu") -> Backbone:
     """The base that a folder's model sits on, in float32."""
-    from fedlora.learning.backbone import load_backbone
+    from fedlora.learning.loading import load_backbone
 
     config = config_of(about)
     return load_backbone(

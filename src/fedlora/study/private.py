@@ -17,10 +17,11 @@ from fedlora.errors import UserError
 from fedlora.federation.algorithm import Algorithm
 from fedlora.federation.orders import Model
 from fedlora.federation.spec import Tree, derive
-from fedlora.learning.backbone import Backbone, Kind, load_backbone
+from fedlora.learning.backbone import Backbone
 from fedlora.learning.batches import to_device
 from fedlora.learning.examples import Examples, Task
-from fedlora.learning.sources import load_processor, quiet
+from fedlora.learning.loading import load_backbone
+from fedlora.learning.sources import Kind, load_processor, quiet
 from fedlora.study.config import RunConfig
 
 FOLDER, PARTS = "backbone", "parts.safetensors"
