@@ -156,7 +156,7 @@ class Backbone:
     def packs(self, longest: int) -> bool:
         """Whether sequences of at most this length run without their padding: of a known model, short ones on a CPU,
         any on a GPU whose kernel takes them."""
-        if self._stack is None or not self.unpadded or not self.switching:
+        if self._stack is None or not self.unpadded or not self.switching or longest > self._stack.window:
             return False
         return longest < LONG.get(self.dtype, 0) if self.device.type == "cpu" else self.by_ends
 

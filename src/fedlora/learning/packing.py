@@ -12,6 +12,7 @@ together with others, which asks for finite numbers).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -30,12 +31,22 @@ from fedlora.learning.varlen import Ends
 KNOWN = {
     name: layers
     for layers, names in {
-        "layer": ("BertEncoder", "RobertaEncoder", "XLMRobertaEncoder", "ElectraEncoder"),
-        "layers": ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"),
+        "layer": (
+            "BertEncoder", "CamembertEncoder", "Data2VecTextEncoder", "ElectraEncoder", "RobertaEncoder",
+            "XLMRobertaEncoder",
+        ),
+        "layers": (
+            "BioGptModel", "CohereModel", "EuroBertModel", "GPTNeoXModel", "Gemma3TextModel", "GemmaModel", "GlmModel",
+            "GraniteModel", "HeliumModel", "LlamaModel", "MistralModel", "ModernBertModel", "NomicBertModel",
+            "OPTDecoder", "Olmo2Model", "OlmoModel", "PersimmonModel", "Phi3Model", "PhiModel", "Qwen2Model",
+            "Qwen3Model", "SmolLM3Model", "Starcoder2Model",
+        ),
+        "h": ("GPT2Model",),
+        "transformer.layer": ("DistilBertModel",),
     }.items()
     for name in names
-}
-"""Modules whose layers see each token alone except in attention, and the attribute that holds these layers."""
+}  # fmt: skip
+"""Modules whose layers see each token alone except in attention, and the path in them of the list of these layers."""
 GRAIN, FINE, FEW = 64, 32, 512
 """Tokens of a packed batch in bfloat16 are a multiple of the first, where they are few of the second: oneDNN compiles a
 kernel for every number of tokens."""
@@ -159,12 +170,14 @@ def filled(tokens: int, dtype: torch.dtype) -> int:
 @dataclass(frozen=True, eq=False)
 class Layers:
     """The layers of a model that can be packed: ``path`` of their list in the model, the ``layers`` themselves, the
-    number of ``heads`` of their queries, their ``size``, and the ``config`` that names their attention."""
+    number of ``heads`` of their queries, their ``size``, the ``window`` that attention looks back over (it is whole in
+    sequences that are no longer), and the ``config`` that names their attention."""
 
     path: str
     layers: Sequence[nn.Module]
     heads: int
     size: int
+    window: int
     config: Any
 
     def depth(self, sites: Iterable[str]) -> int:
@@ -190,15 +203,19 @@ def packable(module: nn.Module) -> Layers | None:
     config: Any = stack.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     plain = getattr(config, "position_embedding_type", "absolute") in ("absolute", None)
-    if kinds != {"full_attention"} or (getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")):
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    if kinds - {"full_attention", "sliding_attention"} or not plain or capped:
         return None
-    if not plain or getattr(config, "add_cross_attention", False):
+    if getattr(config, "add_cross_attention", False):
         return None
+    slides = "sliding_attention" in kinds if getattr(config, "layer_types", None) else True
+    window = (getattr(config, "sliding_window", None) if slides else None) or sys.maxsize
     attribute = KNOWN[type(stack).__name__]
     prefix = f"{path}.{attribute}" if path else attribute
+    layers: Any = stack.get_submodule(attribute)
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Layers(prefix, list(getattr(stack, attribute)), heads, size, config)
+    return Layers(prefix, list(layers), heads, size, window, config)
 
 
 @dataclass(frozen=True, eq=False)
