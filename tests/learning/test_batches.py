@@ -39,6 +39,19 @@ def test_no_other_cut_is_cheaper(rule: Computed, lengths: list[int], budget: int
     assert price(sizes, found, budget, rule) == min(price(sizes, runs, budget, rule) for runs in every)
 
 
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 40), st.integers(1, 600), st.integers(1, 600))
+def test_batches_of_few_shapes_grow_little(rows: int, longest: int, most: int) -> None:
+    many, length = map(int, Steady(most).shape(rows, longest))
+    limit = max(most, longest)
+    assert many >= rows
+    assert longest <= length <= limit
+    assert many * length % 64 == 0 or length == limit
+    shapes = [(-(-longest // g) * g, rows + -rows % (64 // g)) for g in (8, 16, 32, 64)]
+    inside = [a * b for a, b in shapes if a <= limit]
+    assert many * length <= min([*inside, rows * limit + 64 + limit] if len(inside) < 4 else inside)
+
+
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @settings(deadline=None, max_examples=40)
 @given(st.lists(lengths_of, min_size=1, max_size=6), st.integers(1, 600))

@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fedlora.federation.orders import Features, Fit, Model, Optimizer, Score, Tuned
+from fedlora.learning.backbone import LONG
 from fedlora.learning.cnn import PIXELS
 from fedlora.learning.examples import Examples
 from fedlora.learning.flops import Counter, Meter
@@ -73,6 +74,27 @@ def test_factors_of_all_lanes_in_one_product_are_counted(kind: str, monkeypatch)
     with Counter() as every:
         run(plain, orders(plain.spec, kind))
     assert counted.meter.total == pytest.approx(every.total, rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("model", "kind"), [("bert", "fit"), ("bert", "score"), ("llama", "fit")])
+def test_texts_on_both_sides_of_a_long_one_are_counted(model: str, kind: str, dtype: torch.dtype, monkeypatch) -> None:
+    """Passes without padding and with it, by plain products and by SDPA, in one run."""
+    monkeypatch.setitem(LONG, dtype, 9)
+    options = {}
+    if model != "bert":
+        options = {"task": CausalLM(), "examples": examples(splits(len(CLIENTS))[1], causal=True)}
+    wide = torch.promote_types(dtype, torch.float32)
+    spec = spec_of(backbone(model), wide)
+    plain, counted = (learner(backbone(model, dtype), 3, spec=spec, **options) for _ in range(2))
+    lengths = plain.store("base").lengths
+    assert lengths.min() < 9 <= lengths.max()
+    run(counted, orders(counted.spec, kind))
+    monkeypatch.setattr(Meter, "cost", lambda *given: 0.0)
+    with Counter() as every:
+        run(plain, orders(plain.spec, kind))
+    assert counted.meter.total == pytest.approx(every.total, rel=1e-9)
+    assert all(value > 0 for value in counted.meter.clients.values())
 
 
 def test_fused_attention_is_counted_like_its_products() -> None:

@@ -25,7 +25,7 @@ from fedlora.federation.orders import Optimizer, Training
 from fedlora.federation.rounds import Report, evaluate, rounds
 from fedlora.federation.spec import Client
 from fedlora.learning import loading
-from fedlora.learning.backbone import Backbone
+from fedlora.learning.backbone import LONG, Backbone
 from fedlora.learning.learner import Learner
 from fedlora.learning.tasks import Examples, TextClassification
 from fedlora.study.config import load
@@ -130,6 +130,25 @@ def test_a_round_computes_every_token_once_in_few_passes(dtype: torch.dtype, lan
     passes, padding = SCORING[dtype, lanes]
     assert 0 <= scoring.padding(real(fleet, "test")) <= padding  # FedIT deploys the server's model: one score is both
     assert scoring.passes <= passes
+
+
+LONG_PADDING, LONG_PASSES = dict(zip(CASES, (0.01, 0.03, 0.12, 0.07))), dict(zip(CASES, (50, 11, 50, 11)))
+
+
+@pytest.mark.parametrize(("dtype", "lanes"), CASES)
+def test_a_few_long_texts_leave_the_others_as_they_are(
+    dtype: torch.dtype, lanes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts that SDPA is for have passes of their own, with padding."""
+    monkeypatch.setitem(LONG, dtype, 48)
+    base = backbone(dtype=dtype)
+    fleet = federation(base, lanes)
+    long = texts(CLIENTS * (OWN + SCORED)).lengths >= 48
+    assert 0 < long.mean() < 0.1
+    with counted(base) as seen:
+        one_round(fleet)
+    assert 0 <= seen.padding(real(fleet, "train")) <= LONG_PADDING[dtype, lanes]
+    assert seen.passes <= LONG_PASSES[dtype, lanes]
 
 
 class Largest(TorchDispatchMode):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -154,11 +155,23 @@ class Backbone:
         return Known(prefix.depth, known, counted)
 
     def packs(self, longest: int) -> bool:
-        """Whether sequences of at most this length run without their padding: of a known model, short ones on a CPU,
-        any on a GPU whose kernel takes them."""
-        if self._stack is None or not self.unpadded or not self.switching or longest > self._stack.window:
-            return False
-        return longest < LONG.get(self.dtype, 0) if self.device.type == "cpu" else self.by_ends
+        """Whether sequences of at most this length run without their padding."""
+        return longest <= self.limit
+
+    @property
+    def limit(self) -> int:
+        """The longest sequence that runs without its padding (0: none does): of a known model, short ones on a CPU, any
+        on a GPU whose kernel takes them, but none for which attention slides."""
+        if self._stack is None or not self.unpadded or not self.switching:
+            return 0
+        most = LONG.get(self.dtype, 1) - 1
+        if self.device.type != "cpu":
+            most = sys.maxsize if self.by_ends else 0
+        return min(most, self._stack.window)
+
+    def short(self, longest: int) -> bool:
+        """Whether padded sequences of this length are attended to by plain products: on a CPU, where SDPA is slower."""
+        return self.device.type == "cpu" and longest < LONG.get(self.dtype, 0)
 
     @property
     def by_ends(self) -> bool:
@@ -192,8 +205,7 @@ class Backbone:
         """Eager attention for short sequences on a CPU; else SDPA."""
         if not self.switching or "input_ids" not in inputs:
             return
-        short = self.device.type == "cpu" and inputs["input_ids"].shape[1] < LONG.get(self.dtype, 0)
-        wanted = "eager" if short else "sdpa"
+        wanted = "eager" if self.short(inputs["input_ids"].shape[1]) else "sdpa"
         if wanted != self._attention:
             for config in self._configs:
                 config._attn_implementation = wanted

@@ -93,6 +93,17 @@ def evenly(sizes: np.ndarray, budget: int) -> list[tuple[int, int]]:
     return found
 
 
+def parted(sizes: np.ndarray, budget: int, limit: int, longer: Choice) -> list[tuple[int, int]]:
+    """Sequences of at most ``limit`` tokens, which run without padding, ``evenly``; those beyond as ``longer`` does.
+
+    >>> parted(np.array([2, 2, 3, 200, 201]), 1000, 100, rectangles)
+    [(0, 3), (3, 5)]
+    """
+    short = int(np.searchsorted(sizes, limit, "right"))
+    rest = longer(sizes[short:], budget)
+    return [*evenly(sizes[:short], budget), *((short + start, short + stop) for start, stop in rest)]
+
+
 def borders(sizes: np.ndarray, budget: int, computed: Computed) -> list[tuple[int, int]]:
     """The cheapest cut of sorted sizes into runs: tokens computed, padding included, and passes cost least together.
 
@@ -157,13 +168,13 @@ def rows_of(values: Tensor, segment: Segment) -> Tensor:
     return values[segment[1] : segment[2]]
 
 
-LENGTH, TOKENS = 8, 64
+LENGTHS, TOKENS = (8, 16, 32, 64), 64
 
 
 @dataclass(frozen=True)
 class Steady:
-    """Text batches of few shapes: their lengths multiples of 8 (at most ``longest``), their tokens of 64, by rows of
-    padding at the end.
+    """Text batches of few shapes: their tokens a multiple of 64, by lengths that are multiples of 8, 16, 32 or 64 and
+    rows of padding at the end; or as long as the ``longest`` of all, which none may exceed. Whichever needs least.
 
     oneDNN compiles a bfloat16 kernel for every number of tokens, which takes longer than a pass and is never forgotten.
     """
@@ -172,16 +183,22 @@ class Steady:
 
     def __call__(self, rows: np.ndarray, longest: np.ndarray) -> np.ndarray:
         """The tokens that a batch will have."""
-        length = self.length(longest)
-        return self.rows(rows, length) * length
+        many, length = self.shape(rows, longest)
+        return many * length
 
-    def length(self, longest: Any) -> Any:
-        """Of a batch whose sequences are at most as long; numbers or arrays."""
-        return np.minimum(longest + -longest % LENGTH, np.maximum(self.longest, longest))
+    def shape(self, rows: Any, longest: Any) -> tuple[np.ndarray, np.ndarray]:
+        """(rows, length) of a batch of so many rows whose sequences are at most as long; numbers or arrays.
 
-    def rows(self, rows: Any, length: Any) -> Any:
-        """How many a batch of that length will have."""
-        return rows + -rows % (TOKENS // np.gcd(TOKENS, length))
+        >>> [tuple(map(int, Steady(600).shape(*given))) for given in ((8, 21), (3, 21), (1, 515), (2, 580))]
+        [(8, 24), (4, 32), (1, 576), (2, 600)]
+        """
+        rows, longest = np.asarray(rows), np.asarray(longest)
+        limit = np.maximum(self.longest, longest)
+        lengths = np.stack([longest + -longest % multiple for multiple in LENGTHS])
+        steps = np.where(lengths > limit, -(-TOKENS // limit), TOKENS // np.gcd(TOKENS, lengths))
+        lengths, many = np.minimum(lengths, limit), rows + -rows % steps
+        least = (many * lengths).argmin(0, keepdims=True)  # the shortest of equals
+        return np.take_along_axis(many, least, 0)[0], np.take_along_axis(lengths, least, 0)[0]
 
     def grown(self, inputs: dict[str, Tensor], labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """A batch of such a shape. Labels grow in length only: what is added has none.
@@ -192,8 +209,8 @@ class Steady:
         (torch.Size([8, 8]), 20, 3)
         """
         rows, length = inputs["attention_mask"].shape
-        longer = int(self.length(length)) - length
-        more = int(self.rows(rows, length + longer)) - rows
+        wanted = self.shape(rows, length)
+        more, longer = int(wanted[0]) - rows, int(wanted[1]) - length
         grown = {name: functional.pad(value, (0, longer, 0, more)) for name, value in inputs.items()}
         grown["attention_mask"][rows:, 0] = 1  # attention to nothing at all is not a number
         return grown, functional.pad(labels, (0, longer), value=-100) if labels.dim() == 2 else labels

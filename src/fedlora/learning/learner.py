@@ -17,7 +17,7 @@ from fedlora.federation.client import Job
 from fedlora.federation.orders import Fit, Model, Order, Score, Split, logits
 from fedlora.federation.spec import ModelSpec
 from fedlora.learning.backbone import Backbone
-from fedlora.learning.batches import Group, Steady, borders, cut, evenly, rectangle, rows_of, to_device
+from fedlora.learning.batches import Group, Steady, borders, cut, parted, rectangle, rows_of, to_device
 from fedlora.learning.examples import Examples, Task
 from fedlora.learning.fitting import Fits
 from fedlora.learning.flops import Meter
@@ -315,42 +315,44 @@ class Learner:
         return self.meter.watch(kind, sizes, shares)
 
     def _sizes(self, backbone: Backbone, name: str, lengths: np.ndarray, together: bool) -> list[float]:
-        """What a pass over sequences of some lengths costs a linear function of: rows, tokens with and without padding,
-        scores, and tokens that meet the factors of all lanes."""
-        rows, longest = len(lengths), int(lengths.max())
-        if (steady := self.steady(backbone, name)) is not None:
-            longest, rows = steady.length(longest), steady.rows(rows, longest)
+        """What a pass over sequences of some lengths costs a linear function of: rows, and rows and tokens with padding
+        (heads); tokens and scores of layers without padding; tokens of layers with it, scores by plain products and by
+        SDPA; tokens that meet the factors of all lanes."""
+        real = rows = len(lengths)
+        longest = int(lengths.max())
+        if (steady := self.steady(backbone, name, longest)) is not None:
+            rows, longest = map(int, steady.shape(rows, longest))
         padded = rows * longest
-        if not self.packs(backbone, name):
-            return [rows, padded, padded * longest, padded if together else 0]
-        grown = np.concatenate([lengths, np.ones(rows - len(lengths), dtype=lengths.dtype)])
+        if not backbone.packs(longest):
+            scores = (padded * longest, 0) if backbone.short(longest) else (0, padded * longest)
+            return [real, rows, padded, 0, 0, padded, *scores, padded if together else 0]
+        grown = np.concatenate([lengths, np.ones(rows - real, dtype=lengths.dtype)])
         tokens, scores = packed_sizes(grown, backbone.dtype, together, backbone.by_ends)
-        return [rows, padded, tokens, scores, tokens if together else 0]
+        return [real, rows, padded, tokens, scores, 0, 0, 0, tokens if together else 0]
 
-    def steady(self, backbone: Backbone, name: str) -> Steady | None:
-        """Of which shapes a backbone's batches are; None: of any."""
+    def steady(self, backbone: Backbone, name: str, longest: int) -> Steady | None:
+        """Of which shapes a backbone's batches of this length are; None: of any."""
         store = self.store(name)
         compiled = backbone.dtype in COMPILED and backbone.device.type == "cpu" and store.tokens is not None
-        if not compiled or (self.packs(backbone, name) and backbone.kind != "causal-lm"):  # its head sees padding
+        packs = backbone.packs(longest)
+        if not compiled or (packs and backbone.kind != "causal-lm"):  # its head sees padding
             return None
-        return Steady(int(store.lengths.max()))
+        most = int(store.lengths.max())
+        return Steady(min(most, backbone.limit) if packs else most)
 
     def groups(self, backbone: Backbone, name: str, work: Mapping[int, np.ndarray], tokens: int) -> list[Group]:
         """The passes of some work on a backbone; ``tokens``: what one may hold."""
-        if self.packs(backbone, name) and backbone.kind != "causal-lm":
-            choose = evenly
-        else:
-            choose = partial(borders, computed=self.steady(backbone, name) or rectangle)
-        return cut(work, self.store(name).lengths, tokens, choose)
-
-    def packs(self, backbone: Backbone, name: str) -> bool:
-        """Whether a backbone computes this data without its padding."""
-        return backbone.packs(int(self.store(name).lengths.max(initial=0)))
+        lengths = self.store(name).lengths
+        computed = self.steady(backbone, name, int(lengths.max())) or rectangle
+        limit = 0 if backbone.kind == "causal-lm" else backbone.limit
+        choose = partial(parted, limit=limit, longer=partial(borders, computed=computed))
+        return cut(work, lengths, tokens, choose)
 
     def batch(self, backbone: Backbone, name: str, group: Group) -> tuple[dict[str, Tensor], Tensor]:
         """A group's inputs and labels, where the backbone is."""
         inputs, labels = self.task.collate(self.store(name), group.units)
-        if (steady := self.steady(backbone, name)) is not None:
+        longest = int(self.store(name).lengths[group.units].max())
+        if (steady := self.steady(backbone, name, longest)) is not None:
             inputs, labels = steady.grown(dict(inputs), labels)
         return to_device(inputs, backbone.device, backbone.dtype), labels.to(backbone.device)
 
