@@ -14,8 +14,9 @@ from torch.nn import functional
 
 from fedlora.adapters.lora import Segment
 
-PASS = 96
-"""Tokens that cost as much as another pass: Python, small matrices, one more segment of each lane."""
+PASS, FAST = 96, 192
+"""Tokens that cost as much as another pass: Python, small matrices, one more segment of each lane; and where tokens are
+computed fast (bfloat16 on a CPU)."""
 ROWS = 512
 """Rows whose groups are chosen together."""
 FEWEST, MOST = 4, 32
@@ -104,8 +105,9 @@ def parted(sizes: np.ndarray, budget: int, limit: int, longer: Choice) -> list[t
     return [*evenly(sizes[:short], budget), *((short + start, short + stop) for start, stop in rest)]
 
 
-def borders(sizes: np.ndarray, budget: int, computed: Computed) -> list[tuple[int, int]]:
-    """The cheapest cut of sorted sizes into runs: tokens computed, padding included, and passes cost least together.
+def borders(sizes: np.ndarray, budget: int, computed: Computed, another: int = PASS) -> list[tuple[int, int]]:
+    """The cheapest cut of sorted sizes into runs: tokens computed, padding included, and passes (each as much as
+    ``another`` tokens) cost least together.
 
     By dynamic programming, ``ROWS`` at a time: the best cut of the first ``e`` ends with the run of k rows for which
     the best cut of the first ``e - k``, and the run, cost least.
@@ -116,16 +118,16 @@ def borders(sizes: np.ndarray, budget: int, computed: Computed) -> list[tuple[in
     return [
         (first + start, first + stop)
         for first in range(0, len(sizes), ROWS)
-        for start, stop in _cheapest(sizes[first : first + ROWS], budget, computed)
+        for start, stop in _cheapest(sizes[first : first + ROWS], budget, computed, another)
     ]
 
 
-def _cheapest(sizes: np.ndarray, budget: int, computed: Computed) -> list[tuple[int, int]]:
+def _cheapest(sizes: np.ndarray, budget: int, computed: Computed, another: int) -> list[tuple[int, int]]:
     count = len(sizes)
     most = max(1, min(count, budget // max(1, int(sizes[0]))))
     rows = np.arange(1, most + 1)
     tokens = computed(np.broadcast_to(rows, (count, most)), np.broadcast_to(sizes[:, None], (count, most)))
-    cost = np.where((rows == 1) | (tokens <= budget), PASS + tokens, np.inf)
+    cost = np.where((rows == 1) | (tokens <= budget), another + tokens, np.inf)
     best, last = np.zeros(count + 1), np.zeros(count + 1, dtype=np.int64)
     for end in range(1, count + 1):
         known = min(end, most)

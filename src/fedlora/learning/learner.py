@@ -17,7 +17,7 @@ from fedlora.federation.client import Job
 from fedlora.federation.orders import Fit, Model, Order, Score, Split, logits
 from fedlora.federation.spec import ModelSpec
 from fedlora.learning.backbone import Backbone
-from fedlora.learning.batches import Group, Steady, borders, cut, parted, rectangle, rows_of, to_device
+from fedlora.learning.batches import FAST, Group, Steady, borders, cut, parted, rectangle, rows_of, to_device
 from fedlora.learning.examples import Examples, Task
 from fedlora.learning.fitting import Fits
 from fedlora.learning.flops import Meter
@@ -343,9 +343,12 @@ class Learner:
     def groups(self, backbone: Backbone, name: str, work: Mapping[int, np.ndarray], tokens: int) -> list[Group]:
         """The passes of some work on a backbone; ``tokens``: what one may hold."""
         lengths = self.store(name).lengths
-        computed = self.steady(backbone, name, int(lengths.max())) or rectangle
+        steady = self.steady(backbone, name, int(lengths.max()))
         limit = 0 if backbone.kind == "causal-lm" else backbone.limit
-        choose = partial(parted, limit=limit, longer=partial(borders, computed=computed))
+        longer = (
+            partial(borders, computed=rectangle) if steady is None else partial(borders, computed=steady, another=FAST)
+        )
+        choose = partial(parted, limit=limit, longer=longer)
         return cut(work, lengths, tokens, choose)
 
     def batch(self, backbone: Backbone, name: str, group: Group) -> tuple[dict[str, Tensor], Tensor]:
