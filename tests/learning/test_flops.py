@@ -23,7 +23,7 @@ ON_CPUS = {  # torch's counter does not know them
         sdpa_backward_flop_count(g, q, k, v)
     ),
 }
-SIZES = 5  # rows, tokens with and without padding, scores, tokens that meet all lanes' factors
+SIZES = 5  # of passes of one kind: rows, tokens with and without padding, scores, tokens that meet all lanes' factors
 CLIENTS = [f"c{k}" for k in range(6)]
 
 

@@ -17,7 +17,7 @@ from fedlora.federation.client import Job
 from fedlora.federation.orders import Fit, Model, Order, Score, Split, logits
 from fedlora.federation.spec import ModelSpec
 from fedlora.learning.backbone import Backbone
-from fedlora.learning.batches import FAST, Group, Steady, borders, cut, parted, rectangle, rows_of, to_device
+from fedlora.learning.batches import FAST, PASS, Group, Steady, borders, cut, parted, rectangle, rows_of, to_device
 from fedlora.learning.examples import Examples, Task
 from fedlora.learning.fitting import Fits
 from fedlora.learning.flops import Meter
@@ -345,9 +345,7 @@ class Learner:
         lengths = self.store(name).lengths
         steady = self.steady(backbone, name, int(lengths.max()))
         limit = 0 if backbone.kind == "causal-lm" else backbone.limit
-        longer = (
-            partial(borders, computed=rectangle) if steady is None else partial(borders, computed=steady, another=FAST)
-        )
+        longer = partial(borders, computed=steady or rectangle, another=PASS if steady is None else FAST)
         choose = partial(parted, limit=limit, longer=longer)
         return cut(work, lengths, tokens, choose)
 
