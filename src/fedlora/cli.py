@@ -72,7 +72,7 @@ def run(
 @app.command()
 def federate(
     file: RunFile,
-    sites: Annotated[int, typer.Option(help="how many sites share the clients")] = 3,
+    sites: Annotated[int, typer.Option(min=1, help="how many sites share the clients")] = 3,
     changes: Changes = None,
     out: Annotated[Path | None, typer.Option(help="the run folder to write (default: runs/...)")] = None,
 ) -> None:

@@ -167,6 +167,20 @@ def test_long_prompts_lose_their_beginning_and_long_answers_their_end(tokenizer)
     assert store.bytes.tolist() == [9, len(tokenizer.decode(answers[1][: 19 - len(ends[1])]))]
 
 
+def test_bytes_are_those_of_the_tokens_that_are_predicted(tokenizer):
+    prompts = [TEXTS[3] * 3, "p", "un mot " * 20]
+    table = datasets.Dataset.from_dict({"prompt": prompts, "response": ["an answer"] * 3})
+    store = CausalLM(max_length=20, whole=True).encode(table, tokenizer)
+    for i in range(3):
+        ids = unit(store, i)
+        assert ids[0] == tokenizer.bos_token_id
+        text = tokenizer.decode([t for t in ids[1:] if t != tokenizer.eos_token_id])
+        assert f"{prompts[i]}\nan answer".endswith(text)
+        assert store.bytes[i] == len(text.encode())
+    short = CausalLM(max_length=512, whole=True).encode(table, tokenizer)
+    assert short.bytes.tolist() == [len(f"{prompt}\nan answer".encode()) for prompt in prompts]
+
+
 def test_the_chat_template_is_used_where_there_is_one(tokenizer):
     plain = rendered(tokenizer, "ask", "tell")
     assert plain == ("ask\n", "tell", "</s>")

@@ -105,6 +105,33 @@ def test_a_message_in_many_pieces_is_bounded_too_and_by_sender(caplog: pytest.Lo
     assert "a message of more than 350 bytes" in caplog.text
 
 
+@pytest.mark.parametrize("body", [b"stranger", bytes(400)])
+def test_keys_that_anybody_can_invent_are_not_kept(body: bytes) -> None:
+    async def go() -> door.Door:
+        app = door.Door("http://superlink", False, message=350)
+        app.client = httpx.AsyncClient(transport=httpx.ASGITransport(Behind()))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://door") as client:
+            for number in range(5):
+                key = {"flwr-public-key": str(number)}
+                answer = await client.post("/v1/fleet/push-object", content=body, headers=key)
+                assert answer.status_code in (401, 413)
+        return app
+
+    assert asyncio.run(go()).sent == {}
+
+
+def test_what_is_sent_again_counts_once() -> None:
+    class Busy(Behind):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            if not self.seen:
+                self.seen.append(("", {}, b""))
+                raise httpx.ConnectError("refused")
+            await super().__call__(scope, receive, send)
+
+    piece = ("POST", "/v1/fleet/push-object", bytes(200), b"k")
+    assert [answer.status_code for answer in asked(Busy(), piece, piece, message=350)] == [503, 200]
+
+
 def test_who_is_refused_behind_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         [answer] = asked(Behind(), ("POST", "/v1/fleet/activate-node", b"stranger", b"k"))

@@ -124,6 +124,24 @@ def test_resume_trains_for_longer_as_if_never_stopped(tmp_path: Path) -> None:
         fedlora("resume", tmp_path / "short", "--rounds", 1)
 
 
+@pytest.mark.parametrize("name", ["fdlora", "feddpa", "flexlora", "ce-lora", "fedproto", "ditto"])
+def test_a_client_with_test_rows_only_is_scored(tmp_path: Path, name: str) -> None:
+    """Under every variant: it has nothing to fuse, to gate or to compare with."""
+    split = 'test = "test.jsonl"\npartition = {column = "hospital"}\n'
+    file = tiny.run_file(
+        tmp_path, data=split, algorithm=f'name = "{name}"\n', training="rounds = 1\nsteps = 2\neval_every = 0\n"
+    )
+    rows = [json.loads(line) for line in (tmp_path / "mine.jsonl").read_text().splitlines()]
+    tested = [{**row, "hospital": who} for who in ("north", "new") for row in rows[:6]]
+    for place, found in (("mine", [{**row, "hospital": "north"} for row in rows]), ("test", tested)):
+        (tmp_path / f"{place}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    fedlora("run", file, "--out", tmp_path / "run")
+    personal = json.loads((tmp_path / "run" / "summary.json").read_text())["personal"]
+    assert personal["without_test_data"] == 0
+    assert personal["mean"] is not None
+    assert all(found["mean"] is not None for found in personal["variants"].values())
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -140,6 +158,10 @@ def test_resume_trains_for_longer_as_if_never_stopped(tmp_path: Path) -> None:
         ("clients.ranks={attention = 2, mlp = 0}", "give a whole number from 1"),
         ("clients.ranks=[2.5]", r"'clients.ranks' = \[2.5\]: give"),
         ("training.rounds", "section.key=value"),
+        ("training.clients_per_round=2.5", "neither a number of clients nor a share"),
+        ("engine.lanes=0", "'engine.lanes' = 0: .*a number from 1"),
+        ("engine.tokens=-4", "'engine.tokens' = -4: .*a number from 1"),
+        ("output.client_adapters=-1", "a number from 0"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, change: str, said: str) -> None:

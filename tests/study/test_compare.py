@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ from scipy import stats
 
 from fedlora.data.validation import Validated
 from fedlora.errors import UserError
-from fedlora.study.compare import Cell, combinations, compare, load_study
-from fedlora.study.comparison import Measured, Point, rows_of
+from fedlora.study.compare import Cell, best, combinations, compare, load_study
+from fedlora.study.comparison import Measured, Point, rows_of, write_tables
 from study import tiny
 
 STUDY = """\
@@ -240,3 +241,13 @@ def test_differences_are_paired_and_targets_need_every_seed() -> None:
     assert rows["a"].columns["rounds_to_target"] is None  # its second seed never got there
     assert rows["b"].columns["rounds_to_target"] == (1.5, pytest.approx(stats.t.ppf(0.975, 1) * 0.5))
     assert rows["b"].columns["mb_to_target"] == (4.5, pytest.approx(stats.t.ppf(0.975, 1) * 1.5))
+
+
+def test_a_setting_that_diverged_is_not_chosen_and_leaves_the_target_open(tmp_path: Path) -> None:
+    lost = replace(run("a", 0, [0.1]), curve=(Point(1, None, None, None, None, None, 3.0, {}),))
+    settings = [Cell("lr=1e20", {}), Cell("lr=0.01", {})]
+    assert best([(lost, settings[0]), (run("a", 0, [0.1]), settings[1])]) is settings[1]
+    with pytest.raises(UserError, match="no finite validation score"):
+        best([(lost, settings[0]), (lost, settings[1])])
+    write_tables(tmp_path, [lost], ["a"], None, {})
+    assert "no run has a score" in (tmp_path / "table.md").read_text()

@@ -179,12 +179,18 @@ def test_only_known_code_is_named_and_run(tmp_path, user_code) -> None:
         with pytest.raises(UserError, match=words):
             named(code)
     for name, words in (
-        ("os:system", "not part of fedlora"),
-        ("fedlora_user_absent:f", "not part of fedlora"),
+        ("os:system", "no algorithm of fedlora's"),
+        ("fedlora.study.folder:os.system", "no algorithm of fedlora's"),
+        ("fedlora.cli:run", "no algorithm of fedlora's"),
+        ("fedlora_user_absent:f", "no algorithm of fedlora's"),
         ("fedlora.federation.orders:gone", "does not have"),
+        ("fedlora.federation.orders:dataclasses.make_dataclass", "does not have"),  # what it imports
+        ("fedlora.algorithms.merging:replace", "does not have"),
+        ("fedlora.algorithms.gone:f", "does not have"),
     ):
-        with pytest.raises(UserError, match=words):
-            revived({"code": name}, tmp_path)
+        for fields in ({}, {"fields": {"command": "true"}}):
+            with pytest.raises(UserError, match=words):
+                revived({"code": name, **fields}, tmp_path)
 
 
 def run_folder(folder):
@@ -246,7 +252,7 @@ def test_a_user_s_own_code_is_loaded_with_the_run_that_names_it(tmp_path) -> Non
     (run / "config.toml").write_text(dumps(parse(config, "the test")))
     export(run, tmp_path / "sent")
     del sys.modules[module.__name__]
-    with pytest.raises(UserError, match="not part of fedlora"):
+    with pytest.raises(UserError, match="no algorithm of fedlora's"):
         load(tmp_path / "sent")
     again, _ = load(deployed(run))
     assert callable(again.weights)

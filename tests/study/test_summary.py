@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from fedlora.study.report import table
 from fedlora.study.run import Result
-from fedlora.study.summary import UNSEEN_PRIOR, class_prior
+from fedlora.study.summary import UNSEEN_PRIOR, Metric, class_prior, summarise
 
 SPLITS = ("fit", "holdout", "test")
 
@@ -41,6 +42,21 @@ def test_class_prior_is_each_clients_most_frequent_training_label(seed: int, cli
         assert found["std"] == pytest.approx(np.std(expected), abs=1e-12)
     else:
         assert found["mean"] is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_model_that_diverged_has_no_score_and_neither_has_a_mean_over_it(bad: float) -> None:
+    sums = {
+        "a": {"own": {"bits_per_byte": (8.0, 4.0)}, "global": {"bits_per_byte": (8.0, 4.0)}},
+        "b": {"own": {"bits_per_byte": (bad, 4.0)}, "global": {"bits_per_byte": (4.0, 4.0)}},
+    }
+    found = summarise(sums, Metric("bits_per_byte", higher_is_better=False), single=True)
+    assert found["personal"]["mean"] is found["personal"]["worst_decile"] is None
+    assert found["personal"]["per_client"] == {"a": 2.0, "b": None}
+    assert found["personal"]["variants"]["global"]["mean"] == 1.5
+    assert found["global"]["score"] == 1.5
+    sums["a"]["global"] = sums["b"]["own"]
+    assert summarise(sums, Metric("bits_per_byte", higher_is_better=False), single=True)["global"]["score"] is None
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,8 @@ class FDLoRA(Algorithm[State, Memory, Tree]):
             split = "train"
             logging.getLogger(__name__).info("client %s: fusion is fitted on its training data", local.client.id)
             found = yield from scores(*(Score(self.blend(personal, shared, p), split) for p in points))
+            if not counted(found[0]):  # it only has test examples: nothing that is its own was ever trained
+                return 0.0, 1.0
         costs = self.costs(points, found)
         for _ in range(self.generations):
             points = [(float(p[0]), float(p[1])) for p in asked.ask()]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,6 @@ from fedlora.federation.orders import Model, Proximal, Training, Work
 from fedlora.federation.spec import Client, Extras, Local, ModelSpec, Shape, Tree
 
 State = Mapping[str, Any]
-Shares = Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def attention(models: Mapping[str, Tree], sigma: float, step: float) -> dict[str
     flat = torch.stack([torch.cat([v.double().flatten() for _, v in sorted(models[name].items())]) for name in names])
     squared = torch.stack([(flat - one).square().sum(1) for one in flat])
     apart = squared[squared > 0]
-    scale = sigma * float(apart.quantile(0.5)) if len(apart) else 1.0
+    scale = sigma * float(np.median(apart.numpy())) if len(apart) else 1.0
     share: Tensor = (step / len(names)) * (-squared / scale).exp()
     share.fill_diagonal_(0.0)
     share += torch.diag(1 - share.sum(1))

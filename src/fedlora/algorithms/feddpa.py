@@ -106,5 +106,6 @@ class Nearness:
 
     def __call__(self, features: Tensor, params: Tree) -> Tensor:
         cosine = normalize(features, dim=-1) @ normalize(params["extra/reference"], dim=-1).T
-        near = (self.scale * cosine.mean(-1)).clamp(0, 1)
+        mean = cosine.sum(-1) / max(1, cosine.shape[-1])  # a client without training examples has no reference
+        near = (self.scale * mean).clamp(0, 1)
         return torch.stack([near, 1 - near], -1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedlora.algorithms.merging import needs_labels
-from fedlora.algorithms.prototypes import packed, packed_shape, unpacked
+from fedlora.algorithms.prototypes import malformed, packed, packed_shape, unpacked
 from fedlora.federation.aggregate import Collect
 from fedlora.federation.algorithm import Algorithm, Kind, Positive, Update, Whole
 from fedlora.federation.orders import Features, Model, Training, Work
@@ -67,13 +67,14 @@ class FedGH(Algorithm[Tree, Tree, Any]):
     def expects(self, state: Tree, client: Client, round: int, kind: Kind) -> Mapping[str, Shape | None]:
         return packed_shape(state["head/weight"].shape[1])
 
+    def objection(self, state: Tree, client: Client, update: Update, kind: Kind) -> str | None:
+        return malformed(update.arrays["rows"], len(state["head/weight"]))
+
     def server_update(self, state: Tree, value: Any, round: int) -> Tree:
-        labels = len(state["head/weight"])
         seen = [
             (c, total / count)
             for _, sent in sorted(value.items())
             for c, (count, total) in unpacked(sent["arrays"]["rows"]).items()
-            if c < labels
         ]
         head = {name: tensor.double() for name, tensor in state.items()}
         for c, mean in seen * self.epochs:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedlora.algorithms.merging import needs_labels
-from fedlora.algorithms.prototypes import ByClass, packed, packed_shape
+from fedlora.algorithms.prototypes import ByClass, malformed, packed, packed_shape
 from fedlora.federation.algorithm import Algorithm, Kind, NotNegative, Update
 from fedlora.federation.orders import Batch, Features, Model, Outputs, Training, Work, allowed, label_loss
 from fedlora.federation.spec import Client, Local, ModelSpec, Shape, Tree
@@ -67,9 +67,12 @@ class FedProto(Algorithm[Tree, Tree, Mapping[str, Tensor]]):
     def expects(self, state: Tree, client: Client, round: int, kind: Kind) -> Mapping[str, Shape | None]:
         return packed_shape(state["extra/prototypes"].shape[1])
 
+    def objection(self, state: Tree, client: Client, update: Update, kind: Kind) -> str | None:
+        return malformed(update.arrays["rows"], len(state["extra/known"]))
+
     def server_update(self, state: Tree, value: Mapping[str, Tensor], round: int) -> Tree:
         prototypes, known = state["extra/prototypes"].clone(), state["extra/known"].clone()
-        for c in (c for c in value if int(c) < len(known)):
+        for c in value:
             prototypes[int(c)] = (value[c][1:] / value[c][0]).to(prototypes.dtype)
             known[int(c)] = 1
         return {"extra/prototypes": prototypes, "extra/known": known}

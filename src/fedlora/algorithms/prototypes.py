@@ -31,6 +31,25 @@ def packed_shape(width: int) -> dict[str, Shape]:
     return {"rows": (-1, 2 + width)}
 
 
+def malformed(rows: Tensor, labels: int) -> str | None:
+    """What rows that somebody sent are not: classes of the model, each once, each with a whole number of examples.
+
+    >>> malformed(torch.tensor([[1.0, 1e-35, 4.0]]), labels=3)
+    'class 1 has 1e-35 examples'
+    """
+    seen: set[float] = set()
+    for row in rows:
+        label, count = float(row[0]), float(row[1])
+        if not (label.is_integer() and 0 <= label < labels):
+            return f"{label:g} is none of {labels} classes"
+        if label in seen:
+            return f"class {label:g} is there twice"
+        if not (count.is_integer() and count >= 1):
+            return f"class {label:g} has {count:g} examples"
+        seen.add(label)
+    return None
+
+
 def unpacked(rows: Tensor) -> dict[int, tuple[float, Tensor]]:
     """{class: (count, sum)} in float64, by class; rows without a class or without examples are left out."""
     found = {int(row[0]): (float(row[1]), row[2:]) for row in rows.double() if float(row[0]).is_integer()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from typing import Any, Protocol
 
@@ -54,6 +55,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @cached_property
+    def single(self) -> bool:
+        """Whether every row is one unit. (A row may also have none: as many units as rows do not tell.)"""
+        return np.array_equal(self.rows, np.arange(len(self.rows)))
+
     def spread(self, count: int) -> Array:
         """So many rows, evenly spread, or all of them.
 
@@ -69,9 +75,11 @@ class Examples:
         >>> store = Examples(np.ones(4), np.zeros(4), np.array([0, 1, 3, 4]))
         >>> store.units(np.array([2, 1])).tolist()
         [3, 1, 2]
+        >>> Examples(np.ones(2), np.zeros(2), np.array([0, 0, 2])).units(np.array([1])).tolist()  # an empty row
+        [0, 1]
         """
         rows = np.asarray(rows, dtype=np.int64)
-        if len(self.rows) == len(self) + 1:
+        if self.single:
             return rows
         parts = [np.arange(int(self.rows[row]), int(self.rows[row + 1])) for row in rows]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
@@ -82,7 +90,7 @@ class Examples:
         >>> Examples(np.ones(4), np.zeros(4), np.array([0, 1, 3, 4])).count(np.array([1, 2]))
         3
         """
-        if len(self.rows) == len(self) + 1:
+        if self.single:
             return len(rows)
         return int((self.rows[rows + 1] - self.rows[rows]).sum())
 

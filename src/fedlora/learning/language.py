@@ -116,16 +116,17 @@ class CausalLM:
         template = getattr(tokenizer, "chat_template", None)
         opening = [] if template else [_beginning(tokenizer)]
         rows: list[list[Unit]] = []
-        for (prompt, response, _), (head, _), (answer, ends), close in zip(pairs, before, answers, closing):
+        for (prompt, response, _), (head, heads), (answer, ends), close in zip(pairs, before, answers, closing):
             room = self.max_length - len(opening)
             tail = [*answer, *close][: max(room - min(len(head), self.max_length // 4), 1)]
-            kept = head[max(len(head) - (room - len(tail)), 0) :]  # a long prompt loses its beginning
-            ids = [*opening, *kept, *tail]
+            lost = max(len(head) - (room - len(tail)), 0)  # a long prompt loses its beginning
+            ids = [*opening, *head[lost:], *tail]
             seen = len(tail) >= len(answer)
             size = len(response.encode()) if seen else len(response[: ends[len(tail) - 1]].encode())
             first = len(ids) - len(tail)
             if self.whole:
-                size, first = size + len(prompt.encode()), 1
+                unseen = lost + 1 - len(opening)  # nothing predicts the first token of all
+                size, first = size + len(prompt[heads[unseen - 1] if unseen and heads else 0 :].encode()), 1
             rows.append([Unit(ids, max(first, 1), size)])
         return rows
 

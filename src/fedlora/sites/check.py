@@ -22,6 +22,7 @@ from fedlora.study import algorithm as algorithms
 from fedlora.study.config import RunConfig
 from fedlora.study.experiment import Experiment, Terms, assemble
 
+RENEW = "fedlora server init --renew --host NAME"
 SOON = 30
 """Days before its end that a certificate is said to expire."""
 PATIENCE = 5.0
@@ -200,13 +201,13 @@ def _certificate(connection: socket.socket, host: str, ca: Path) -> Line:
         return Line("certificate", False, f"no TLS: {error}", "start the server without --insecure")
     end = datetime.datetime.fromtimestamp(ssl.cert_time_to_seconds(told["notAfter"]), datetime.UTC)
     left = (end - datetime.datetime.now(datetime.UTC)).days
-    remedy = "renew it: fedlora server init --renew" if left < SOON else ""
+    remedy = f"renew it on the server: {RENEW}" if left < SOON else ""
     return Line("certificate", True, f"valid for {host}, {left} days left", remedy)
 
 
 def _remedy(message: str) -> str:
     if "expired" in message:
-        return "on the server: fedlora server init --renew, then start it again; check this machine's clock"
+        return f"on the server: {RENEW}, then start it again; check this machine's clock"
     if "mismatch" in message or "not valid for" in message:
-        return "on the server: fedlora server init --renew --host NAME, with the name that this site dials"
+        return f"on the server: {RENEW}, with the name that this site dials"
     return "copy ca.pem from the server's folder anew, by a way that you trust"

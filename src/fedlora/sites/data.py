@@ -86,6 +86,7 @@ def population(site: SiteSettings, config: RunConfig, labels: Sequence[str]) -> 
         labels=tuple(labels) or None,
         label_space=config.data.label_space,
         max_length=config.data.max_length,
+        per_client=config.data.per_client,
         seed=config.data.seed,
     )
     found = from_datasets({site.name: rows}, settings, config.model.task, partial=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
+from fedlora.adapters.algebra import FACTORS
 from fedlora.errors import UserError
 from fedlora.federation.algorithm import Algorithm, Reply
 from fedlora.federation.client import Executor, Job
@@ -21,7 +22,7 @@ from fedlora.study.config import RunConfig
 
 log = logging.getLogger(__name__)
 _WHOLE = ("head", "norm", "embedding", "backbone")
-_FACTORS = ("A", "B", "C", "W", "scale")
+_CHANGES = (*FACTORS, "sparse")  # of a layer, or of a head's own small adapter
 
 
 class Refused(Exception):
@@ -33,12 +34,14 @@ def kind_of(name: str) -> str:
 
     >>> [kind_of(name) for name in ("layer.0.q/A", "q/B:left", "head/weight", "backbone/conv.weight", "rows")]
     ['adapter', 'adapter', 'head', 'backbone', 'statistics']
+    >>> [kind_of(name) for name in ("q/sparse", "extra/A", "extra/share")]  # SLoRA's, pFedLoRA's, label shares
+    ['adapter', 'adapter', 'statistics']
     """
     plain = name.split(":", 1)[0]
     first, last = plain.partition("/")[0], plain.rpartition("/")[2]
     if first in _WHOLE:
         return first
-    return "adapter" if first != "extra" and "/" in plain and last in _FACTORS else "statistics"
+    return "adapter" if "/" in plain and last in _CHANGES else "statistics"
 
 
 def with_own_algorithm(allow: Allowed, config: RunConfig) -> RunConfig:

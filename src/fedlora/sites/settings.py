@@ -145,9 +145,11 @@ def load(place: str | Path) -> SiteSettings:
     file = Path(place)
     file = file / FILE if file.is_dir() else file
     try:
-        text = file.read_text()
+        text = file.read_text("utf-8")
     except FileNotFoundError:
         raise UserError(f"{file}: no such site file", "make one with: fedlora site init NAME") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: {error}", "name a site's file, in UTF-8, that can be read") from None
     return parse_text(text, str(file), file.parent)
 
 
@@ -162,7 +164,7 @@ def parse_text(text: str, place: str, folder: Path | None = None) -> SiteSetting
 
 def require_name(name: str) -> None:
     """Refuses what cannot be a site's name: it is also a folder's and a file's."""
-    if not re.match(NAME, name):
+    if not re.fullmatch(NAME, name):
         raise UserError(f"{name!r} cannot be a site's name", "use letters, digits, dots, dashes and underscores")
 
 

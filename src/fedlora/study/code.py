@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +44,21 @@ def _field(value: Any, place: str) -> Any:
 
 
 def revived(value: Mapping[str, Any], place: str | Path) -> Any:
-    """The inverse of ``named``. Only fedlora's own code and algorithm files loaded before are run: a folder that
-    somebody sent cannot name anything else."""
+    """The inverse of ``named``. A folder that somebody sent can name nothing else: only functions and frozen
+    dataclasses that fedlora's algorithms define themselves, and algorithm files that were loaded before."""
     name = str(value["code"])
     module = name.partition(":")[0]
-    if module.partition(".")[0] == "fedlora":
-        importlib.import_module(module)
+    if module == "fedlora.federation.orders" or module.startswith("fedlora.algorithms."):
+        with suppress(ModuleNotFoundError):  # of another version
+            importlib.import_module(module)
     elif not module.startswith("fedlora_user_") or module not in sys.modules:
-        raise UserError(f"{place}: needs {name}, which is not part of fedlora", "predict from the run folder instead")
-    target = _found(name)
-    if target is None:
+        raise UserError(
+            f"{place}: needs {name}, which is no algorithm of fedlora's", "predict from the run folder instead"
+        )
+    target, fields = _found(name), value.get("fields")
+    if not (inspect.isfunction(target) if fields is None else _frozen(target)):
         raise UserError(f"{place}: needs {name}, which this version does not have", "install the version that wrote it")
-    if "fields" not in value:
-        return target
-    return target(**{key: _value(item, place) for key, item in value["fields"].items()})
+    return target if fields is None else target(**{key: _value(item, place) for key, item in fields.items()})
 
 
 def _value(item: Any, place: str | Path) -> Any:
@@ -64,9 +67,13 @@ def _value(item: Any, place: str | Path) -> Any:
     return revived(item, place) if isinstance(item, Mapping) else item
 
 
+def _frozen(target: Any) -> bool:
+    params: Any = getattr(target, "__dataclass_params__", None) if isinstance(target, type) else None
+    return params is not None and params.frozen
+
+
 def _found(name: str) -> Any:
+    """What a module defines under this name; not what it imports, and nothing within it."""
     module, _, path = name.partition(":")
-    target: Any = sys.modules.get(module)
-    for part in path.split("."):
-        target = getattr(target, part, None)
-    return target
+    target = vars(sys.modules[module]).get(path) if module in sys.modules else None
+    return target if getattr(target, "__module__", None) == module else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from fedlora.errors import UserError
 from fedlora.study import folder as files
 from fedlora.study.algorithm import build
 from fedlora.study.comparison import Measured, measured, write_tables
-from fedlora.study.config import RunConfig, Section, apply, assign, located, parse
+from fedlora.study.config import RunConfig, Section, apply, assign, located, parse, read
 from fedlora.study.run import resume, run
 
 Changes = Mapping[str, Any]
@@ -85,22 +84,15 @@ def load_study(path: str | Path, changes: Sequence[str] = ()) -> Study:
     """
     file = Path(path)
     try:
-        settings = StudySettings.model_validate(tomllib.loads(file.read_text()))
-        base = settings.base
-        if isinstance(base, str):
-            place = file.parent / base
-            base = located(tomllib.loads(place.read_text()), place.parent)
-        else:
-            base = located(base, file.parent)
-        for change in changes:
-            apply(base, change)
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: no such file", "base names a run file beside the study file") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{file}: not valid TOML: {error}", "strings need quotes; tables look like [grid]") from None
+        settings = StudySettings.model_validate(read(file))
     except ValidationError as error:
         said = "; ".join(f"'{'.'.join(map(str, p['loc']))}': {p['msg']}" for p in error.errors())
         raise UserError(f"{file}: {said}", f"a study file has {', '.join(StudySettings.model_fields)}") from None
+    given = settings.base  # tables, or the name of a run file beside the study file
+    place = file if isinstance(given, dict) else file.parent / given
+    base = located(given if isinstance(given, dict) else read(place), place.parent)
+    for change in changes:
+        apply(base, change)
     cells = (
         *(combinations(settings.grid, f"{file}: [grid]") if settings.grid or not settings.cells else ()),
         *(_written(cell, f"{file}: [[cells]]") for cell in settings.cells),
@@ -259,7 +251,8 @@ def best(found: Sequence[tuple[Measured, Cell]]) -> Cell:
     known = [(run, setting) for run, setting in found if run.validation is not None]
     if not known:
         raise UserError(
-            f"{found[0][0].cell}: no validation score to tune by", "give clients more examples, or leave out [tune]"
+            f"{found[0][0].cell}: no finite validation score to tune by",
+            "give clients more examples, or other values in [tune], or leave it out",
         )
     sign = 1 if known[0][0].higher_is_better else -1
     return max(known, key=lambda pair: sign * (pair[0].validation or 0.0))[1]

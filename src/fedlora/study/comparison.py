@@ -180,7 +180,7 @@ COLUMNS: Mapping[str, str] = {
 """Column of table.csv -> heading of table.md."""
 
 
-def rows_of(runs: Sequence[Measured], cells: Sequence[str], target: float) -> list[Row]:
+def rows_of(runs: Sequence[Measured], cells: Sequence[str], target: float | None) -> list[Row]:
     """Every cell's deployed variant, then its others; differences are from the first cell's deployed one."""
     by_cell = {cell: {run.seed: run for run in runs if run.cell == cell} for cell in cells}
     reference = {seed: run.best.mean for seed, run in by_cell[cells[0]].items() if run.best.mean is not None}
@@ -202,9 +202,9 @@ def rows_of(runs: Sequence[Measured], cells: Sequence[str], target: float) -> li
     return rows
 
 
-def _whole(runs: Sequence[Measured], target: float) -> dict[str, list[float | None]]:
+def _whole(runs: Sequence[Measured], target: float | None) -> dict[str, list[float | None]]:
     """What is measured once a run, not once a variant."""
-    reached = [run.reached(target) for run in runs]
+    reached = [None if target is None else run.reached(target) for run in runs]
     return {
         "global": [run.best.overall for run in runs],
         "unseen": [run.unseen for run in runs],
@@ -224,10 +224,10 @@ def _over(values: Sequence[float | None]) -> tuple[float, float] | None:
     return interval(known) if known and len(known) == len(values) else None
 
 
-def common_target(runs: Sequence[Measured]) -> float:
-    """The worst of the cells' best scores: every run reached it."""
+def common_target(runs: Sequence[Measured]) -> float | None:
+    """The worst of the cells' best scores: every run that has one reached it; None where none has."""
     scores = [run.best.mean for run in runs if run.best.mean is not None]
-    return min(scores) if not runs or runs[0].higher_is_better else max(scores)
+    return (min(scores) if runs[0].higher_is_better else max(scores)) if scores else None
 
 
 def write_tables(
@@ -251,12 +251,13 @@ def write_tables(
 
 
 def _markdown(
-    rows: Sequence[Row], runs: Sequence[Measured], target: float, common: bool, tuned: Mapping[str, str]
+    rows: Sequence[Row], runs: Sequence[Measured], target: float | None, common: bool, tuned: Mapping[str, str]
 ) -> str:
     shown = {key: name for key, name in COLUMNS.items() if any(row.columns.get(key) for row in rows)}
     seeds = sorted({run.seed for run in runs})
     metric, better = runs[0].metric, "higher" if runs[0].higher_is_better else "lower"
-    why = " (the least of all runs' best: every run reached it)" if common else ""
+    why = " (the least of all runs' best: every run that has a score reached it)" if common else ""
+    goal = "no run has a score" if target is None else f"{target:.4f}{why}"
     prior = _over([run.class_prior for run in {run.seed: run for run in runs}.values()])
     choice = "; ".join(f"{cell}: {setting}" for cell, setting in tuned.items())
     validated = any(run.validation is not None for run in runs)
@@ -265,7 +266,7 @@ def _markdown(
     out = [
         f"{metric} ({better} is better), seeds {', '.join(map(str, seeds))}; mean ± half the 95 % t-interval over "
         f"seeds; differences are paired by seed; scores are on test rows at {when}{last}.",
-        f"Target: {target:.4f}{why}. Client-seconds: computing time of all clients in the simulation. These and FLOPs "
+        f"Target: {goal}. Client-seconds: computing time of all clients in the simulation. These and FLOPs "
         "are of the rounds: what deploying takes after them (local fine-tuning, fusion) is apart.",
         *([f"Class prior (each client's most frequent label): {_cell(prior, 'personal')}."] if prior else []),
         *([f"Chosen by validation on seed {seeds[0]}: {choice}"] if choice else []),

@@ -118,7 +118,7 @@ class AlgorithmSettings(BaseModel):
 
 
 class TrainingSettings(Section):
-    """``[training]``. None: the algorithm's own default. ``clients_per_round``: a count, or a share below 1; default
+    """``[training]``. None: the algorithm's own default. ``clients_per_round``: a count, or a share; default
     everybody. ``loss_on``: the tokens of instruction data that are learnt. ``generate``: new tokens per answer when
     scoring; above 0 adds exact match and Rouge-L. ``eval_every``: rounds between evaluations (0: only at the end).
     ``eval_everyone``: score every client's deployed model on everybody's test data too, at the end. ``validate``: keep
@@ -144,6 +144,13 @@ class TrainingSettings(Section):
     validate_rounds: bool = Field(False, alias="validate")
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
+
+    @field_validator("clients_per_round")
+    @classmethod
+    def _count_or_share(cls, value: float | None) -> float | None:
+        if isinstance(value, float) and value > 1:
+            raise ValueError(f"{value} is neither a number of clients nor a share of them: a share is at most 1.0")
+        return value
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSettings:
@@ -185,12 +192,26 @@ class EngineSettings(Section):
     join: float = Field(600.0, gt=0)
     message: int = Field(256 * 2**20, ge=2**20, le=2**30)
 
+    @field_validator("lanes", "tokens")
+    @classmethod
+    def _some(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f'{value} is not possible: a number from 1, or "auto"')
+        return value
+
 
 class OutputSettings(Section):
     """``[output]``. ``client_adapters``: how many deployed models are written (default: all up to 100)."""
 
     dir: str | None = None
     client_adapters: int | Literal["all", "none"] | None = None
+
+    @field_validator("client_adapters")
+    @classmethod
+    def _not_negative(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, int) and value < 0:
+            raise ValueError(f'{value} is not possible: a number from 0, "all" or "none"')
+        return value
 
 
 class RunConfig(Section):
@@ -268,15 +289,24 @@ def _keys(path: Sequence[str], root: type[BaseModel]) -> list[str]:
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
+def read(file: Path) -> dict[str, Any]:
+    """The tables of a TOML file; UserError where there is none, or it cannot be read, or is not TOML."""
+    try:
+        return tomllib.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file", "write one (see the README) or check the path") from None
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}", "name a file that can be read") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8: {error}", "save it as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{file}: not valid TOML: {error}", "strings need quotes; tables look like [data]") from None
+
+
 def load(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
     """Reads a run file and applies ``section.key=value`` changes; relative data paths are found beside the file."""
     file = Path(path)
-    try:
-        value = tomllib.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such run file", "write one (see the README) or check the path") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{file}: not valid TOML: {error}", "strings need quotes; tables look like [data]") from None
+    value = read(file)
     for change in changes:
         apply(value, change)
     return parse(located(value, file.parent), str(file))

@@ -60,7 +60,7 @@ def predict(
 
     ``texts``: texts to classify, image files to classify, or prompts, which are answered greedily in at most
     ``max_new_tokens``. ``models``: the modules of a run that was given any. Raises UserError where there is no such
-    model, and for a text to classify that is empty.
+    model, and for a text to classify or to continue that is empty.
     """
     model, about, own = opened(deployed(folder, client), models)
     config, backbone = config_of(about), own.to(device=device) if own else rebuilt(about, device)
@@ -127,5 +127,7 @@ def _prompts(config: RunConfig, backbone: Backbone, texts: Sequence[str]) -> tup
         return CausalLM(max_length=length).encode(table, backbone.processor), np.arange(len(texts))
     table = datasets.Dataset.from_dict({"text": list(texts)})
     examples = CausalLM("text", max_length=length).encode(table, backbone.processor)
+    if (np.diff(examples.rows) == 0).any():
+        raise UserError("a text to continue is empty", 'give some: --text "..."')
     last = examples.rows[1:] - 1  # a long text is continued from its last window
     return replace(examples, first=examples.lengths), last

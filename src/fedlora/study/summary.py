@@ -30,7 +30,7 @@ class Metric:
     higher_is_better: bool
 
     def of(self, sums: Sums) -> float | None:
-        """total / count; None without test data."""
+        """total / count, of a model that has diverged perhaps no finite number; None without test data."""
         total, count = sums.get(self.name, (0.0, 0.0))
         return total / count if count else None
 
@@ -46,9 +46,15 @@ def worst_decile(values: Sequence[float], higher_is_better: bool) -> float:
 
 
 def spread(per_client: Mapping[str, float | None], metric: Metric) -> dict[str, Any]:
-    """Mean, population standard deviation and worst tenth over the clients that have test data."""
+    """Mean, population standard deviation and worst tenth over the clients that have test data; none of these where one
+    has no finite score: a mean over those that did not diverge would flatter.
+
+    >>> accuracy = Metric("accuracy", higher_is_better=True)
+    >>> spread({"a": 0.5, "b": None}, accuracy)["mean"], spread({"a": 0.5, "b": math.nan}, accuracy)["mean"]
+    (0.5, None)
+    """
     values = [value for value in per_client.values() if value is not None]
-    if not values:
+    if not values or not all(map(math.isfinite, values)):
         return {"mean": None, "std": None, "worst_decile": None}
     return {
         "mean": statistics.fmean(values),
@@ -79,14 +85,14 @@ def summarise(by_client: Mapping[str, Mapping[str, Sums]], metric: Metric, singl
     return {
         "personal": {
             **spread(deployed, metric),
-            "per_client": {name: value for name, value in deployed.items() if value is not None},
+            "per_client": {name: _finite(value) for name, value in deployed.items() if value is not None},
             "without_test_data": sum(value is None for value in deployed.values()),
             "variants": {
                 variant: spread({name: metric.of(sums) for name, sums in clients.items()}, metric)
                 for variant, clients in variants.items()
             },
         },
-        "global": None if score is None else {"score": score, **_others(union, metric)},
+        "global": None if score is None else {"score": _finite(score), **_others(union, metric)},
         **({"validation": spread(validated, kept)} if any(v is not None for v in validated.values()) else {}),
     }
 
@@ -124,10 +130,15 @@ def _codes(rows: Sequence[np.ndarray], code: np.ndarray) -> tuple[np.ndarray, np
     return owner, code[np.concatenate([*rows, np.zeros(0, dtype=np.int64)]).astype(np.int64)]
 
 
-def _others(sums: Sums, metric: Metric) -> dict[str, float]:
+def _finite(score: float) -> float | None:
+    """What JSON can say of a score."""
+    return score if math.isfinite(score) else None
+
+
+def _others(sums: Sums, metric: Metric) -> dict[str, float | None]:
     """The task's further scores."""
     return {
-        name: total / count
+        name: _finite(total / count)
         for name, (total, count) in sums.items()
         if count and name != metric.name and "/" not in name
     }

@@ -59,18 +59,36 @@ class Door:
         key = dict(headers).get(KEY, b"")
         if path.endswith("/push-messages"):
             self.sent.pop(key, None)
+        counted = path.endswith("/push-object")
+        content = bytearray()
+        accepted = False
         try:
-            await self._passed_on(path, headers, self._body(receive, key, path), send, who)
+            async for part in self._body(receive):
+                content += part
+                if counted and self._count(key, len(part)) > self.message:
+                    raise TooLarge(f"a message of more than {self.message:,} bytes")
+            accepted = await self._passed_on(path, headers, bytes(content), send, who)
         except TooLarge as problem:
             log.warning("refused %s: %s: %s", who, path, problem)
             await answer(send, 413)
         except httpx.TransportError as problem:
             log.warning("the SuperLink does not answer: %s", type(problem).__name__)
             await answer(send, 503)  # SuperNodes try again
+        finally:
+            if counted and not accepted:
+                self._count(key, -len(content))
         return None
 
-    async def _body(self, receive: Receive, key: bytes, path: str) -> AsyncIterator[bytes]:
-        """The body, counted while it comes: nothing of what is too large is kept."""
+    def _count(self, key: bytes, size: int) -> int:
+        """The bytes of a key's message with these, or without them where they were refused; a key that has sent nothing
+        is forgotten, for anybody can invent one."""
+        total = self.sent.pop(key, 0) + size
+        if total > 0:
+            self.sent[key] = total
+        return total
+
+    async def _body(self, receive: Receive) -> AsyncIterator[bytes]:
+        """The body as it comes: nothing of what is too large is kept."""
         size, more = 0, True
         while more:
             event = await receive()
@@ -80,17 +98,13 @@ class Door:
             size += len(part)
             if size > self.request:
                 raise TooLarge(f"a request of more than {self.request:,} bytes")
-            if path.endswith("/push-object"):
-                self.sent[key] = self.sent.get(key, 0) + len(part)
-                if self.sent[key] > self.message:
-                    raise TooLarge(f"a message of more than {self.message:,} bytes")
             yield part
 
     async def _passed_on(
-        self, path: str, headers: list[tuple[bytes, bytes]], body: AsyncIterator[bytes], send: Send, who: str
-    ) -> None:
+        self, path: str, headers: list[tuple[bytes, bytes]], content: bytes, send: Send, who: str
+    ) -> bool:
+        """Whether the SuperLink took it; its answer goes back."""
         assert self.client is not None
-        content = b"".join([part async for part in body])
         async with self.client.stream("POST", self.target + path, headers=headers, content=content) as found:
             if 400 <= found.status_code < 500:
                 log.warning("refused %s: %s: %d", who, path, found.status_code)
@@ -99,6 +113,7 @@ class Door:
             async for part in found.aiter_raw():
                 await send({"type": "http.response.body", "body": part, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
+            return found.status_code < 400
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()

@@ -41,14 +41,14 @@ def site_names(count: int) -> list[str]:
 def divided(experiment: Experiment, terms: Terms, sites: int) -> list[Path]:
     """Writes every site's examples and clients into ``sites/NAME/``; the clients go round the sites in order.
 
-    Raises UserError where there are more sites than clients.
+    Raises UserError where there are more sites than clients, or none.
     """
     population = experiment.population
     names = list(population.clients)
-    if sites > len(population.seen):
+    if not 1 <= sites <= len(population.seen):
         raise UserError(
             f"--sites {sites}: the data has {len(population.seen)} clients that train",
-            "give fewer sites, or more clients in [data] partition",
+            "give from 1 to as many sites, or more clients in [data] partition",
         )
     seen = {name: i % sites for i, name in enumerate(population.seen)}
     strangers = {name: i % sites for i, name in enumerate(population.unseen)}
