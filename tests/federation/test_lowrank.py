@@ -283,6 +283,15 @@ def steps(case: Case, start: Tensor | None) -> int:
     return len(counted)
 
 
+def test_completed_rows_have_the_signs_of_their_draw() -> None:
+    """Householder's signs are those of rounding where a projected draw begins with one."""
+    kept = torch.eye(3, 9, dtype=torch.float64)
+    turned = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    for seed in range(20):
+        one, two = (lowrank.complete(rows, 6, seed) for rows in (kept, turned @ kept))
+        assert torch.allclose(one[3:], two[3:], atol=1e-12)
+
+
 def test_the_start_decides_only_last_digits_and_seeds_decide_the_rest() -> None:
     case = Case("deficient", (SIDE, 400), 12, seed=3)
     one, two, other = (

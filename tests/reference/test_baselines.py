@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +44,12 @@ def test_local_keeps_the_best_round_by_loss_per_example() -> None:
     assert after[0]["down/A"].shape == (2, 9)  # its own rank
     orders = [order for order in fake.log if order.split == "fit"]
     assert torch.equal(orders[3].models.params["up/B"], after[2]["up/B"])  # goes on from the latest, not the best
+
+
+def test_local_does_not_keep_a_model_without_a_loss() -> None:
+    after, memory, _ = alone(LocalOnly(), [(math.nan, 4.0), (6.0, 4.0), (math.nan, 4.0)])
+    assert all(torch.equal(memory["best"][key], after[1][key]) for key in after[1])
+    assert memory["loss"] == 1.5
 
 
 def test_local_without_heldout_examples_or_selection_deploys_the_latest() -> None:

@@ -161,6 +161,28 @@ def test_similarities_are_scaled_over_pairs() -> None:
     assert model_similarity({"a": cores["a"]}, IDENTITY, cosine) == {("a", "a"): 1.0}
 
 
+def test_rounding_is_no_similarity() -> None:
+    """Copies of one client's data in another order, cores that are equal but for the last digits."""
+    copies = data_similarity(["a", "b", "c"], {"a": {"b": 1.5e-16, "c": 2.0}, "b": {"c": 2.0}})
+    assert copies["a", "b"] == pytest.approx(1)
+    assert copies["a", "c"] == pytest.approx(math.exp(-1))
+    draw = np.random.default_rng(4)
+    same = draw.normal(size=(4, 4))
+    cores = {name: {"q/C": torch.eye(4) + torch.tensor(same + 1e-13 * draw.normal(size=(4, 4)))} for name in "abcd"}
+    for measure in (cka, cosine):
+        agree = model_similarity(cores, {"q/C": torch.eye(4)}, measure)
+        assert {value for (i, j), value in agree.items() if i != j} == {0.5}
+
+
+def test_cka_sees_rows_that_are_nearly_equal() -> None:
+    draw = np.random.default_rng(5)
+    x, y = (1 + 1e-5 * draw.normal(size=(4, 4)) for _ in range(2))
+    centre = np.eye(4) - 1 / 4
+    g, h = (centre @ m @ m.T @ centre for m in (x, y))
+    by_hand = (g * h).sum() / math.sqrt((g * g).sum() * (h * h).sum())
+    assert float(cka(torch.tensor(np.stack([x, y])))[0, 1]) == pytest.approx(by_hand, abs=1e-6)
+
+
 def introduced(ce: CELoRA, who: list[Any] = CLIENTS) -> tuple[Any, dict[str, Any]]:
     state, total, memories = ce.server_init(SPEC, 0), ce.introduction.zero(), {}
     for seed, one in enumerate(who):

@@ -74,6 +74,20 @@ def test_a_round_of_zero_products_changes_no_factor() -> None:
     assert all(torch.equal(state["adapter"][key], value) for key, value in begun["adapter"].items())
 
 
+def test_rows_of_who_counts_for_nothing_keep_their_value() -> None:
+    """Zero in A and in B they would never train again."""
+    het = HetLoRA()
+    begun = het.server_init(SPEC, 0)
+    total = het.aggregator.zero()
+    for who, size in ((client("large", 4), 0.0), (client("small", 1), 0.5)):
+        update, _ = Fake(size=size).run(het.client_update(het.broadcast(begun, who, 1), {}, local(who)))
+        total = het.aggregator.accumulate(total, who, update)
+    state = het.server_update(begun, het.aggregator.report(total), 1)
+    for site in SITES:
+        assert torch.equal(state["adapter"][f"{site}/A"][1:], begun["adapter"][f"{site}/A"][1:])
+        assert not torch.equal(state["adapter"][f"{site}/A"][:1], begun["adapter"][f"{site}/A"][:1])
+
+
 def test_self_pruning_gives_up_shrunken_rows_for_good() -> None:
     het = HetLoRA(prune=0.5)
     payload = dict(het.broadcast(het.server_init(SPEC, 0), client("c", 4), 1))
@@ -95,7 +109,8 @@ def test_self_pruning_gives_up_shrunken_rows_for_good() -> None:
     assert memory["ranks"] == {"down": 2, "up": 1}
     [(_, model)] = Fake().run(het.personalize(payload, memory, local(client("c")))).items()
     assert model.params["down/A"].shape == (2, 9)
-    assert het.expects(het.server_init(SPEC, 0), client("c"), 1, "train")["down/A"] is None
+    expected = het.expects(het.server_init(SPEC, 0), client("c"), 1, "train")
+    assert (expected["down/A"], expected["down/B"]) == ((-1, 9), (4, -1))  # only the client knows what it gave up
 
 
 def test_penalty_by_numpy_and_its_gradient_at_zero() -> None:

@@ -20,6 +20,7 @@ from fedlora.algorithms.lg_fedavg import LGFedAvg
 from fedlora.algorithms.pfedlora import Both, Mix, PFedLoRA
 from fedlora.algorithms.standalone import Standalone
 from fedlora.federation.admission import fits
+from fedlora.federation.algorithm import Update
 from fedlora.federation.orders import FORBIDDEN, Batch, Features, Outputs
 from fedlora.federation.spec import Extras
 from reference.fake import SITES, SPEC, Fake, array, client, close, local
@@ -152,8 +153,9 @@ def test_fedproto_loss_and_nearest() -> None:
     params = {"extra/prototypes": torch.tensor(prototypes), "extra/known": torch.tensor(known)}
     pull = [known[y] * ((h - prototypes[y]) ** 2).mean() for h, y in zip(FEATURES, LABELS)]
     close(Attracted(0.7)({"model": OUT}, {"model": params}, BATCH), loss_of(LOGITS) + 0.7 * np.array(pull))
-    by_hand = [min((0, 2), key=lambda c: ((h - prototypes[c]) ** 2).sum()) for h in FEATURES]
-    assert nearest(OUT, params).argmax(1).tolist() == by_hand
+    for far in (1.0, 1e4):  # squares of distances may be large: an unknown class is never nearest
+        by_hand = [min((0, 2), key=lambda c: ((far * h - prototypes[c]) ** 2).sum()) for h in FEATURES]
+        assert nearest(replace(OUT, features=far * OUT.features), params).argmax(1).tolist() == by_hand
 
 
 def test_fedproto_prototypes_are_means_over_all_examples() -> None:
@@ -244,8 +246,25 @@ def test_fedgh_trains_the_head_as_torch_does() -> None:
     found = gh.server_update(state, gh.aggregator.report(total), 1)
     close(found["head/weight"], array(head.weight))
     close(found["head/bias"], array(head.bias))
-    odd = {"a": {"arrays": {"rows": torch.tensor([[7.0, 1, *[1.0] * 6], [0.5, 1, *[1.0] * 6], [1, 0, *[1.0] * 6]])}}}
-    close(gh.server_update(state, odd, 1)["head/weight"], array(state["head/weight"]), 0)  # no such classes: no step
+
+
+@pytest.mark.parametrize("algorithm", [FedGH(), FedProto()])
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([[0, 2], [2, 3]], None),
+        ([[7, 1]], "7 is none of 3 classes"),
+        ([[-1, 1]], "-1 is none of 3 classes"),
+        ([[0.5, 1]], "0.5 is none of 3 classes"),
+        ([[1, 1], [1, 1]], "class 1 is there twice"),
+        ([[1, 0]], "class 1 has 0 examples"),
+        ([[1, 1e-35]], "class 1 has 1e-35 examples"),
+        ([[0, 2], [2, 4]], "6 examples in rows, of 5"),
+    ],
+)
+def test_rows_of_classes_that_are_none_are_refused(algorithm: Any, rows: list[list[float]], said: str | None) -> None:
+    sent = Update({"rows": torch.cat([torch.tensor(rows, dtype=torch.float64), torch.ones(len(rows), 6)], 1)}, 5.0, {})
+    assert algorithm.objection(algorithm.server_init(SPEC, 0), client("a"), sent, "train") == said
 
 
 # ---------------------------------------------------------------- FedKD
@@ -267,6 +286,18 @@ def test_fedkd_loss_and_who_is_taught() -> None:
     onehot = np.eye(3)[LABELS]
     close(own.grad, softmax(LOGITS, -1) - onehot + (softmax(LOGITS, -1) - softmax(logits, -1)) / doubt)  # type: ignore[arg-type]
     close(other.grad, softmax(logits, -1) - onehot + (softmax(logits, -1) - softmax(LOGITS, -1)) / doubt)  # type: ignore[arg-type]
+
+
+def test_fedkd_of_one_label_has_bounded_steps() -> None:
+    """A softmax over one label has no loss: what is left is divided by the least D."""
+    one = Batch(BATCH.inputs, torch.zeros_like(BATCH.labels))
+    scores, rows = torch.ones(len(LABELS), 1, dtype=torch.float64), torch.tensor(FEATURES + 1.0)
+    found = adaptive(
+        {"private": Outputs(scores, OUT.features), "shared": Outputs(scores, rows)},
+        {"shared": {"extra/map": torch.eye(6, dtype=torch.float64)}},
+        one,
+    )
+    close(found, np.full(len(LABELS), 1 / 0.01))  # hidden is 1
 
 
 def test_fedkd_sends_the_fewest_singular_vectors() -> None:

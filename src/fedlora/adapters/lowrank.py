@@ -100,7 +100,9 @@ def complete(rows: Tensor, rank: int, seed: int) -> Tensor:
         return rows
     for _ in range(2):  # once leaves rounding, twice is enough
         draw = draw - draw @ rows.T @ rows
-    return torch.cat([rows, qr(draw.T)[0].T])
+    q, upper = qr(draw.T)
+    sign = torch.where(torch.diagonal(upper) < 0, -1.0, 1.0).to(q.dtype)  # which qr leaves to rounding
+    return torch.cat([rows, (q * sign).T])
 
 
 # -- the choice, and its ways

@@ -68,7 +68,7 @@ class FedGH(Algorithm[Tree, Tree, Any]):
         return packed_shape(state["head/weight"].shape[1])
 
     def objection(self, state: Tree, client: Client, update: Update, kind: Kind) -> str | None:
-        return malformed(update.arrays["rows"], len(state["head/weight"]))
+        return malformed(update.arrays["rows"], len(state["head/weight"]), update.weight)
 
     def server_update(self, state: Tree, value: Any, round: int) -> Tree:
         seen = [

@@ -19,6 +19,7 @@ from fedlora.federation.spec import Client, Extras, Local, ModelSpec, Shape, Tre
 
 Memory = Mapping[str, Any]
 State = Mapping[str, Any]
+LEAST = 1e-2  # D of models that have nothing left to learn, or a single label: without a floor steps have no bound
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,14 @@ class FedKD(Algorithm[State, Memory, Tree]):
 
     They teach the more the better both are, and the student's updates travel compressed.
 
-        D = CE_t + CE_s over the batch, a constant            hidden = mean_d (h_t - W h_s)^2
+        D = max(CE_t + CE_s, 0.01), a constant                hidden = mean_d (h_t - W h_s)^2
         L_t = CE_t + (KL(s || t) + hidden) / D                L_s = CE_s + (KL(t || s) + hidden) / D
         client:  sends U_K S_K V_K^T of every matrix of theta_i - theta, with the smallest K whose singular values hold
                  the share T of the squared norm; T goes from ``energy`` to ``last_energy`` over the rounds
         server:  theta <- theta + the same of sum_i p_i (theta_i - theta), which is all that it sends of it,
                  p_i = n_i / sum n over the round
 
+    CE in D is the mean over the batch, or over the part of it that is in one pass where ``[engine] tokens`` cuts it.
     Teachers are constants in each other's KL; W (width x width, begins as the identity) stays home. Attentions are not
     compared: models of different kinds have none in common. Deployed: "private"; variant "shared". Equal ranks.
 
@@ -186,7 +188,7 @@ def adaptive(outputs: Mapping[str, Outputs], params: Mapping[str, Tree], batch: 
     """L_t + L_s per example."""
     teacher, student = outputs["private"], outputs["shared"]
     own, other = label_loss(teacher.logits, batch.labels), label_loss(student.logits, batch.labels)
-    doubt = (own.mean() + other.mean()).detach().clamp_min(1e-6)
+    doubt = (own.mean() + other.mean()).detach().clamp_min(LEAST)
     hidden = (teacher.features - student.features @ params["shared"]["extra/map"].T).square().mean(-1)
     mutual = divergence(teacher.logits, student.logits) + divergence(student.logits, teacher.logits)
     # each side's own hidden term: one sum has the gradients of both, for each reaches only its own model

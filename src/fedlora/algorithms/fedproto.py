@@ -11,7 +11,7 @@ from torch import Tensor
 from fedlora.algorithms.merging import needs_labels
 from fedlora.algorithms.prototypes import ByClass, malformed, packed, packed_shape
 from fedlora.federation.algorithm import Algorithm, Kind, NotNegative, Update
-from fedlora.federation.orders import Batch, Features, Model, Outputs, Training, Work, allowed, label_loss
+from fedlora.federation.orders import FORBIDDEN, Batch, Features, Model, Outputs, Training, Work, allowed, label_loss
 from fedlora.federation.spec import Client, Local, ModelSpec, Shape, Tree
 
 
@@ -68,7 +68,7 @@ class FedProto(Algorithm[Tree, Tree, Mapping[str, Tensor]]):
         return packed_shape(state["extra/prototypes"].shape[1])
 
     def objection(self, state: Tree, client: Client, update: Update, kind: Kind) -> str | None:
-        return malformed(update.arrays["rows"], len(state["extra/known"]))
+        return malformed(update.arrays["rows"], len(state["extra/known"]), update.weight)
 
     def server_update(self, state: Tree, value: Mapping[str, Tensor], round: int) -> Tree:
         prototypes, known = state["extra/prototypes"].clone(), state["extra/known"].clone()
@@ -99,4 +99,4 @@ class Attracted:
 def nearest(outputs: Outputs, params: Tree) -> Tensor:
     """Minus the squared distance to every known prototype: (examples, labels)."""
     distance = (outputs.features[:, None] - params["extra/prototypes"]).square().sum(-1)
-    return allowed(-distance - 1e6 * (1 - params["extra/known"]), outputs)
+    return allowed((-distance).masked_fill(params["extra/known"] == 0, FORBIDDEN), outputs)

@@ -18,7 +18,6 @@ from fedlora.adapters.algebra import (
     factors,
     frobenius,
     linalg,
-    part,
     ranks,
     resize,
     shapes,
@@ -101,7 +100,9 @@ class HetLoRA(Algorithm[State, Memory, Tree]):
     def expects(self, state: State, client: Client, round: int, kind: Kind) -> Mapping[str, Shape | None]:
         expected = shapes(self.broadcast(state, client, round))
         if self.prune is not None:  # only the client knows what it gave up
-            expected |= dict.fromkeys(part(state["adapter"], ("A", "B")))
+            for site in sites(state["adapter"]):
+                right, left = state["adapter"][f"{site}/A"], state["adapter"][f"{site}/B"]
+                expected |= {f"{site}/A": (-1, right.shape[1]), f"{site}/B": (left.shape[0], -1)}
         return expected
 
     def server_update(self, state: State, value: Tree, round: int) -> State:
@@ -149,7 +150,8 @@ class Trailing:
 class Padded:
     """sum_i w_i pad(A_i) / sum_i w_i and the same of s_i B_i, with w_i = |s_i B_i A_i|_F; whole parameters as in Mean.
 
-    The report has as many rows as the largest participant, and no sites where every product is zero.
+    The report has as many rows as the largest participant whose change is not zero, and no sites where every product is
+    zero: one that counts for nothing leaves the rows that nobody else has as they are.
     """
 
     streaming = True
@@ -160,7 +162,8 @@ class Padded:
 
     def accumulate(self, acc: Mapping[str, Any], client: Client, update: Update) -> dict[str, Any]:
         size = frobenius(adapter(update.arrays))
-        found = {site: factors(update.arrays, site, torch.float64) for site in sites(update.arrays)}
+        changed = sites(update.arrays) if size > 0 else []
+        found = {site: factors(update.arrays, site, torch.float64) for site in changed}
         mine = {
             "size": size,
             "right": {site: size * right for site, (_, right) in found.items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,6 +60,7 @@ class LocalOnly(Algorithm[Tree, Memory, Tree]):
             sums = yield from Score(Model(latest), "holdout")
             total, count = sums.get("loss", (0.0, 0.0))
             loss = total / count if count else None
+            loss = math.inf if loss is not None and math.isnan(loss) else loss  # worse than any
         better = loss is None or memory["loss"] is None or loss < memory["loss"]
         kept = {"best": latest, "loss": loss} if better else {"best": memory["best"], "loss": memory["loss"]}
         return Update({}, local.examples, tuned.sums), {"latest": latest, **kept}

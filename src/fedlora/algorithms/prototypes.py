@@ -31,11 +31,14 @@ def packed_shape(width: int) -> dict[str, Shape]:
     return {"rows": (-1, 2 + width)}
 
 
-def malformed(rows: Tensor, labels: int) -> str | None:
-    """What rows that somebody sent are not: classes of the model, each once, each with a whole number of examples.
+def malformed(rows: Tensor, labels: int, examples: float) -> str | None:
+    """What rows that somebody sent are not: classes of the model, each once, each with a whole number of examples, and
+    no more of these than the client has.
 
-    >>> malformed(torch.tensor([[1.0, 1e-35, 4.0]]), labels=3)
+    >>> malformed(torch.tensor([[1.0, 1e-35, 4.0]]), labels=3, examples=5)
     'class 1 has 1e-35 examples'
+    >>> malformed(torch.tensor([[1.0, 6.0, 4.0]]), labels=3, examples=5)
+    '6 examples in rows, of 5'
     """
     seen: set[float] = set()
     for row in rows:
@@ -47,7 +50,8 @@ def malformed(rows: Tensor, labels: int) -> str | None:
         if not (count.is_integer() and count >= 1):
             return f"class {label:g} has {count:g} examples"
         seen.add(label)
-    return None
+    total = float(rows[:, 1].sum(dtype=torch.float64))
+    return f"{total:g} examples in rows, of {examples:g}" if total > examples else None
 
 
 def unpacked(rows: Tensor) -> dict[int, tuple[float, Tensor]]:

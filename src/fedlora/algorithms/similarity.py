@@ -21,6 +21,8 @@ Measure = Callable[[Tensor], Tensor]
 """(clients, r, r) matrices -> how alike each two are, (clients, clients)."""
 COMPONENTS = 3
 """Of a class, at most."""
+ROUNDING = 1e-6
+"""Differences of similarities, and shares of distances, that say nothing."""
 STATISTICS = ("shares", "means", "variances", "class", "counts")
 
 
@@ -133,14 +135,16 @@ def distance(a: Tree, b: Tree) -> float:
 
 
 def data_similarity(names: list[str], distances: Mapping[str, Mapping[str, float]]) -> Pairs:
-    """exp(-D / tau), tau the median non-zero distance; self 1."""
-    positive = [d for row in distances.values() for d in row.values() if d > 0]
+    """exp(-D / tau), tau the median non-zero distance; self 1. What is 1e-6 of the largest is rounding."""
+    every = [d for row in distances.values() for d in row.values()]
+    positive = [d for d in every if d > ROUNDING * max(every)]
     tau = float(np.median(positive)) if positive else 1.0
     return {(i, j): 1.0 if i == j else math.exp(-distances[min(i, j)][max(i, j)] / tau) for i in names for j in names}
 
 
 def model_similarity(cores: Mapping[str, Tree], begun: Tree, measure: Measure) -> Pairs:
-    """The measure of C minus its start (I), averaged over sites; min-max over pairs, a constant becomes 0.5; self 1."""
+    """The measure of C minus its start (I), averaged over sites; min-max over pairs, what differs by rounding
+    becomes 0.5; self 1."""
     names, sites = sorted(cores), sorted(begun)
     if not names:
         return {}
@@ -148,7 +152,7 @@ def model_similarity(cores: Mapping[str, Tree], begun: Tree, measure: Measure) -
     raw = torch.stack([measure(site) for site in moved]).mean(0)
     above = torch.ones_like(raw, dtype=torch.bool).triu(1)
     low, high = raw[above].aminmax() if len(names) > 1 else (raw.new_zeros(()), raw.new_zeros(()))
-    scaled = ((raw - low) / (high - low) if high > low else torch.full_like(raw, 0.5)) * above
+    scaled = ((raw - low) / (high - low) if high - low > ROUNDING else torch.full_like(raw, 0.5)) * above
     whole: Any = (scaled + scaled.T).fill_diagonal_(1.0)
     table: list[list[float]] = whole.tolist()
     return {(i, j): value for i, row in zip(names, table) for j, value in zip(names, row)}
@@ -170,7 +174,7 @@ def cka(matrices: Tensor) -> Tensor:
     """(clients, clients) linear CKA: ``|X'Y|^2 / (|X'X| |Y'Y|)`` of centred X and Y is the cosine of XX' and YY', so
     that all pairs are one product."""
     x = unit(matrices)
-    x = x - x.mean(1, keepdim=True)
+    x = unit(x - x.mean(1, keepdim=True))
     return cosine(x @ x.mT)
 
 
