@@ -119,22 +119,6 @@ def frobenius(tree: Tree) -> float:
     return math.sqrt(total)
 
 
-def common_scale(tree: Tree, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same adapter at other scales: B <- B s / s_ref, scale <- s_ref. What averages factors does this first.
-
-    >>> one = {"q/A": torch.eye(2), "q/B": torch.eye(2), "q/scale": torch.tensor(4.0)}
-    >>> two = common_scale(one, {"q": torch.tensor(2.0)})
-    >>> two["q/B"][0, 0], torch.equal(product(one, "q"), product(two, "q"))
-    (tensor(2.), True)
-    """
-    changed = dict(tree)
-    for site in ranks(tree):
-        left, old, new = tree[f"{site}/B"], tree[f"{site}/scale"], scales[site]
-        changed[f"{site}/B"] = (left * (old.double() / new.double())).to(left.dtype)
-        changed[f"{site}/scale"] = new.to(old.dtype)
-    return changed
-
-
 def resize(tree: Tree, ranks: Mapping[str, int], seed: int | None = None) -> dict[str, Tensor]:
     """The adapter at other ranks: prefixes of larger ones; smaller ones padded with zeros. Scales stay.
 

@@ -63,7 +63,7 @@ def write_data(folder: Path, seed: int) -> list[str]:
 
 
 def enough(files: Sequence[tuple[str, str]]) -> bool:
-    """At least three files, and the bytes that training and both held-out parts ask for."""
+    """At least three files, and half the characters that training asks for."""
     return len(files) >= 3 and sum(len(text) for _, text in files) >= TRAIN_BYTES // 2
 
 
