@@ -243,6 +243,7 @@ def test_a_start_that_knows_the_wrong_directions_exactly(kind: str, name: str) -
     """Its residuals are zero: only the random columns know better."""
     case = Case(kind, (SIDE, 400), 60, seed=7)
     found = iterate(Change(case.exact.float()), 60, 0, starts(case, 0)[name])
+    assert (found is None) == (kind == "power")  # too flat at the cut, with any start
     if found is not None:
         case.judge(found.u * found.s @ found.v.T, 1e-5)
 
