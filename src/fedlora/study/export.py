@@ -372,7 +372,9 @@ SHELL = '```sh\nfedlora predict THIS_FOLDER --text "..."\n```\n'
 def _use_adapter(about: About) -> str:
     lines = ("from peft import PeftModel", *about.recipe)
     load = 'model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()'
-    return "```python\n" + "\n".join((*lines, load)) + f"\n```\n\nor\n\n{SHELL}"
+    own = any(PooledClassifier.__name__ in line for line in lines)
+    note = "\nPEFT's Auto classes cannot load it: they know no such head on this encoder.\n" if own else ""
+    return "```python\n" + "\n".join((*lines, load)) + f"\n```\n{note}\nor\n\n{SHELL}"
 
 
 def _use_parts() -> str:
