@@ -10,9 +10,10 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute
 
+from fedlora.data.formats import Part
 from fedlora.data.keys import listed, nearest
 from fedlora.data.settings import DataSettings
-from fedlora.data.sources import Part, Split, dataset, parts
+from fedlora.data.sources import Split, dataset, parts
 from fedlora.errors import UserError
 
 TASKS = ("text-classification", "image-classification", "causal-lm")

@@ -14,10 +14,11 @@ import pyarrow as pa
 
 from fedlora.data import duplicates
 from fedlora.data.fields import as_dataset, columns_of, extract
+from fedlora.data.formats import Part, of_dataset
 from fedlora.data.keys import in_order, listed, nearest, stream
 from fedlora.data.partition import assign, codes, hold_out
 from fedlora.data.settings import DataSettings, Sources
-from fedlora.data.sources import SPLIT_NAMES, Part, Split, many, of_dataset
+from fedlora.data.sources import SPLIT_NAMES, Split, many
 from fedlora.data.split import FIT, HOLDOUT, NAMES, TEST, at_most, divide, follow, keep_trained
 from fedlora.errors import UserError
 
