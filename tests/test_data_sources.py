@@ -80,6 +80,26 @@ def test_class_names_floats_and_spaces(tmp_path: Path) -> None:
     assert _table(path).to_pylist() == [{"text": "  a ", "label": "pos"}]
 
 
+@pytest.mark.parametrize(
+    ("label", "kind", "texts"),
+    [
+        ([1.0, 2.0], pa.float16(), ["1", "2"]),
+        ([1e30, 2.0], pa.float64(), ["1e+30", "2"]),
+        ([0.5, 2.0], pa.float32(), ["0.5", "2"]),
+        ([1.0, float("nan")], pa.float64(), "row 2: column 'label' is empty"),
+        ([float("nan"), 0.5], pa.float32(), "row 1: column 'label' is empty"),
+        ([1.0, float("-inf")], pa.float16(), "row 2: column 'label' is infinite"),
+    ],
+)
+def test_float_labels(tmp_path: Path, label: list[float], kind: pa.DataType, texts: list[str] | str) -> None:
+    pq.write_table(pa.table({"text": ["a", "b"], "label": pa.array(label, kind)}), tmp_path / "a.parquet")
+    if isinstance(texts, str):
+        with pytest.raises(UserError, match=texts):
+            _table(str(tmp_path / "a.parquet"))
+    else:
+        assert _table(str(tmp_path / "a.parquet"))["label"].to_pylist() == texts
+
+
 def test_a_suffix_takes_the_rows_of_a_split(tmp_path: Path) -> None:
     path = _write(tmp_path / "a.csv", "text,label,split\na,x,train\n,y,test\nc,x,train\n")
     assert read(f"{path}:train")["text"][:] == ["a", "c"]
@@ -153,6 +173,20 @@ def test_image_columns(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": "b"}\n', r"line 2: column 'label' is empty\n"),
         ("a.jsonl", '{"text": "a", "label": null}\n' * 3, r"line 1: column 'label' is empty \(and 2 more\)"),
         ("a.jsonl", '{"text": ["a"], "label": "x"}', "column 'text' holds list.*not text"),
+        ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": "b", "label": NaN}', "line 2: column 'label' is empty\n"),
+        ("a.jsonl", '{"text": "a", "label": 1.0}\n{"text": "b", "label": NaN}', "line 2: column 'label' is empty\n"),
+        ("a.jsonl", '{"text": NaN, "label": "x"}\n{"text": "b", "label": "y"}', "line 1: column 'text' is empty\n"),
+        ("a.json", '[{"text": "a", "label": 2}, {"text": NaN, "label": 1}]', "row 2: column 'text' is empty\n"),
+        ("a.jsonl", '{"text": "a", "label": 1.0}\n{"text": "b", "label": Infinity}', "line 2: column 'label' is inf"),
+        ("a.jsonl", '\n{"text": "a"}\n{"text": "b \\ud83d"}', r"line 3: column 'text' holds half .*: 'b \\ud83d'"),
+        ("a.json", '[{"text": "a"}, {"\\udc00": 1}]', r"row 2: column '\\udc00' holds half a character"),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{"n": ' + "9" * 5000,
+            r"line 2: cannot be read \(Exceeds the limit .*'\{.n.: 9",
+        ),
+        ("a.jsonl", '{"text": "a"}\n{"n": ' + "[" * 100_000, r"line 2: cannot be read \(nested too deeply\): '"),
+        ("a.json", "[" * 100_000, r"a\.json: cannot be read \(nested too deeply\)\n"),
         ("a.csv", 'text,label\n"two\nlines",x\n \t,y\n', r"a\.csv, line 4: column 'text' is empty"),
         ("a.csv", "text,label\na,x\nb,c,y\n", r"line 3: 3 cells where the header has 2 .*last cell 'y'"),
         ("a.csv", "text,label\na,x\nb\n", r"line 3: 1 cells where the header has 2"),

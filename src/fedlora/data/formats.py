@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,10 @@ import pyarrow.parquet as pq
 
 from fedlora.data.keys import listed
 from fedlora.errors import UserError
+
+CHUNK = 2_000
+"""Rows that become an Arrow table: it holds text in a third of the memory that Python's objects take."""
+_DECODER = json.JSONDecoder(parse_constant={"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}.__getitem__)
 
 
 @dataclass(frozen=True)
@@ -54,32 +59,39 @@ def _jsonl(path: Path) -> Part:
             continue
         if not places and line.lstrip().startswith("["):
             return _json_array(path)
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {number}, column {error.colno}: not JSON ({error.msg}): {line.strip()[:60]!r}",
-                "every line must be one complete JSON object; repair or remove this one",
-            ) from None
-        rows.append(_object(value, path, "line", number))
+        rows.append(_object(_parsed(line, path, number), path, "line", number))
         places.append(number)
-        if len(rows) == 2_000:  # Arrow holds text in a third of the memory that Python's objects take
-            tables.append(_columns(rows))
+        if len(rows) == CHUNK:
+            tables.append(_columns(rows, path, "line", places[-CHUNK:]))
             rows = []
-    tables += [_columns(rows)] if rows or not tables else []
+    tables += [_columns(rows, path, "line", places[-len(rows) :])] if rows or not tables else []
     return Part(str(path), stack(tables), "line", np.array(places, dtype=np.int64), path.parent)
 
 
 def _json_array(path: Path) -> Part:
-    try:
-        values = json.loads("".join(_text_lines(path)))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})",
-            "the file must be one array of objects, or one object a line",
-        ) from None
+    values = _parsed("".join(_text_lines(path)), path)
     rows = [_object(value, path, "row", number) for number, value in enumerate(values, 1)]
-    return Part(str(path), _columns(rows), "row", np.arange(1, len(rows) + 1), path.parent)
+    places = np.arange(1, len(rows) + 1)
+    return Part(str(path), _columns(rows, path, "row", places), "row", places, path.parent)
+
+
+def _parsed(text: str, path: Path, line: int | None = None) -> Any:
+    """The value of a line, or of a whole file (None), in which NaN, which is no JSON, stands for no value."""
+    if line is None:
+        shown, remedy = "", "the file must be one array of objects, or one object a line"
+    else:
+        shown = f": {text.strip()[:60]!r}"
+        remedy = "every line must be one complete JSON object; repair or remove this one"
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        place = f"line {line or error.lineno}, column {error.colno}"
+        raise UserError(f"{path}, {place}: not JSON ({error.msg}){shown}", remedy) from None
+    except RecursionError:
+        reason = "nested too deeply"
+    except ValueError as error:  # a whole number of more digits than Python takes from text
+        reason = str(error).split(";")[0]
+    raise UserError(f"{path}{'' if line is None else f', line {line}'}: cannot be read ({reason}){shown}", remedy)
 
 
 def _object(value: Any, path: Path, unit: str, number: int) -> dict[str, Any]:
@@ -90,9 +102,29 @@ def _object(value: Any, path: Path, unit: str, number: int) -> dict[str, Any]:
     return value
 
 
-def _columns(rows: Sequence[dict[str, Any]]) -> pa.Table:
+def _columns(rows: Sequence[dict[str, Any]], path: Path, unit: str, places: Sequence[int] | np.ndarray) -> pa.Table:
     names = list(dict.fromkeys(name for row in rows for name in row))
-    return pa.table({name: _array([row.get(name) for row in rows]) for name in names})
+    try:
+        return pa.table({name: _array([row.get(name) for row in rows]) for name in names})
+    except UnicodeEncodeError:
+        place, name, value = next(
+            (place, name, value)
+            for place, row in zip(places, rows, strict=True)
+            for name, value in row.items()
+            if not _encodes(f"{name}{json.dumps(value, ensure_ascii=False)}")
+        )
+    raise UserError(
+        f"{path}, {unit} {place}: column {name!r} holds half a character (\\ud800 to \\udfff): {str(value)[:60]!r}",
+        "write the whole character, or remove the half",
+    )
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _array(values: list[Any]) -> pa.Array:
