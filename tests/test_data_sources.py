@@ -123,6 +123,8 @@ def test_folders(tmp_path: Path) -> None:
     assert read(tmp_path, "test")["text"][:] == ["c"]
     with pytest.raises(UserError, match="holds no validation data"):
         read(tmp_path, "validation")
+    with pytest.raises(UserError, match=r":tset: a folder has no split of that name \(nearest: 'test'\)"):
+        read(f"{tmp_path}:tset")
 
 
 def test_image_folders(tmp_path: Path) -> None:
@@ -135,6 +137,37 @@ def test_image_folders(tmp_path: Path) -> None:
         b"train/cat/1.png",
         b"train/dog/1.jpg",
     ]
+
+
+def test_hidden_files_and_other_things_are_no_data(tmp_path: Path) -> None:
+    _write(tmp_path / "a.csv", "text,label\na,x\n")
+    for name in ("._a.csv", "~$a.csv", ".~lock.a.csv#", ".hidden.jsonl"):
+        _write(tmp_path / name, b"\0\5\26\7mac")
+    assert read(tmp_path)["text"][:] == ["a"]
+    for name in ("cat/1.png", "cat/._1.png", "cat/Thumbs.db", ".trash/2.png"):
+        (tmp_path / "pics" / name).parent.mkdir(parents=True, exist_ok=True)
+        _write(tmp_path / "pics" / name, name)
+    (found,) = parts(tmp_path / "pics")
+    assert found.table["image"].to_pylist() == [str(tmp_path / "pics" / "cat" / "1.png")]
+    assert [path.name for path in found.unread] == ["Thumbs.db"]
+
+
+def test_datasets_saved_to_disk(tmp_path: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["n", "y"])})
+    rows = {"text": ["a", "b"], "label": [1, 0]}
+    train = datasets.Dataset.from_dict(rows, features=features)
+    train.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=train.select([0]), dev=train.select([1])).save_to_disk(tmp_path / "several")
+    assert _table(str(tmp_path / "one")).to_pylist() == [{"text": "a", "label": "y"}, {"text": "b", "label": "n"}]
+    assert read(tmp_path / "several")["text"][:] == ["a"]
+    assert read(tmp_path / "several", "validation")["text"][:] == read(f"{tmp_path}/several:dev")["text"][:] == ["b"]
+    with pytest.raises(UserError, match=r"several: the saved datasets are 'train', 'dev', not 'test'\n  -> write"):
+        read(tmp_path / "several", "test")
+    with pytest.raises(UserError, match=r"one:train: the file has no column 'split'"):
+        read(f"{tmp_path}/one:train")
+    (tmp_path / "one" / "data-00000-of-00001.arrow").unlink()
+    with pytest.raises(UserError, match=r"one: a saved dataset that cannot be read: .*\n  -> save it anew"):
+        read(tmp_path / "one")
 
 
 def test_image_columns(tmp_path: Path) -> None:
@@ -150,9 +183,11 @@ def test_image_columns(tmp_path: Path) -> None:
         assert [value["bytes"] for value in taken] == [b"1", b"2"]
     path = _write(tmp_path / "a.csv", "image\none.png\n")
     assert _table(path, image="image")["image"].to_pylist() == [{"bytes": None, "path": str(tmp_path / "one.png")}]
-    path = _write(tmp_path / "a.csv", "image\none.png\ntwo.png\n")
-    with pytest.raises(UserError, match=r"line 3: image 'two\.png' does not exist"):
-        _table(path, image="image")
+    (tmp_path / "folder").mkdir()
+    for name in ("two.png", "folder"):
+        path = _write(tmp_path / "a.csv", f"image\none.png\n{name}\n")
+        with pytest.raises(UserError, match=rf"line 3: image '{name}' does not exist"):
+            _table(path, image="image")
 
 
 @pytest.mark.parametrize(
@@ -278,3 +313,4 @@ def test_partition_settings_follow_from_what_is_given() -> None:
 def test_numbers_are_ordered_by_value() -> None:
     assert in_order(["10", "9", "-1"]) == ["-1", "9", "10"]
     assert in_order(["10", "9", "x"]) == ["10", "9", "x"]
+    assert in_order(["9" * 5000, "10"]) == ["10", "9" * 5000]

@@ -32,6 +32,7 @@ class Part:
     unit: Literal["line", "row"]
     places: np.ndarray  # (rows,) int64: the line or row number, from 1
     folder: Path | None = None  # what relative image paths start from
+    unread: tuple[Path, ...] = ()  # what lies beside it in a folder that was given, and is not read with it
 
     def place(self, row: int) -> str:
         """'reviews.csv, line 7' for row index 5 of a file with a header."""

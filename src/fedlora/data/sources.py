@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 from uuid import uuid4
@@ -50,7 +52,7 @@ def parts(source: str | Path, split: Split = "train") -> list[Part]:
     where, wanted = _wanted_split(str(source))
     path = Path(where).expanduser()
     if path.is_dir():
-        found = _folder(path, SPLIT_NAMES.get(wanted or "", split))
+        found = _saved(path, split, wanted) or _folder(path, _split_named(path, wanted) if wanted else split)
     elif path.is_file():
         found = [_file(path)]
         if wanted:
@@ -71,6 +73,15 @@ def _wanted_split(source: str) -> tuple[str, str | None]:
     return head, tail
 
 
+def _split_named(folder: Path, wanted: str) -> Split:
+    if (found := SPLIT_NAMES.get(wanted.casefold())) is None:
+        raise UserError(
+            f"{folder}:{wanted}: a folder has no split of that name{nearest(wanted, SPLIT_NAMES)}",
+            "write train, validation or test, or name a file of the folder",
+        )
+    return found
+
+
 def _rows_of_split(part: Part, wanted: str) -> Part:
     if "split" not in part.table.column_names:
         raise UserError(
@@ -86,7 +97,7 @@ def _rows_of_split(part: Part, wanted: str) -> Part:
             f"{nearest(wanted, values)}",
             f"write {part.name}:NAME with one of them",
         )
-    return Part(part.name, part.table.take(rows), part.unit, part.places[rows], part.folder)
+    return replace(part, table=part.table.take(rows), places=part.places[rows])
 
 
 # ---------------------------------------------------------------------------------------------- folders
@@ -94,31 +105,87 @@ def _rows_of_split(part: Part, wanted: str) -> Part:
 
 def _folder(folder: Path, split: Split) -> list[Part]:
     """A folder of data files, or of one sub-folder of images per label; a split of its own name is preferred."""
-    inner = [d for d in sorted(folder.iterdir()) if d.is_dir() and SPLIT_NAMES.get(d.name.casefold()) == split]
+    entries = _shown(folder)
+    inner = [d for d in entries if d.is_dir() and split_of(d) == split]
     if inner:
-        return [part for d in inner for part in _folder(d, split)]
-    files = [f for f in sorted(folder.iterdir()) if f.is_file() and f.suffix.lower() in READERS]
-    named = {f: SPLIT_NAMES.get(re.split(r"[\W_\d]", f.stem.casefold())[0]) for f in files}
-    if any(named.values()):  # a folder with train.csv and test.csv must never train on both
-        files = [f for f, name in named.items() if name == split]
+        return _beside_them([part for d in inner for part in _folder(d, split)], entries, inner)
+    files = [f for f in entries if f.is_file() and f.suffix.lower() in READERS]
+    if any(map(split_of, files)):  # a folder with train.csv and test.csv must never train on both
+        files = [f for f in files if split_of(f) == split]
     if files:
-        return [_with_file_name(_file(f), f.stem) for f in files]
-    images = [f for f in sorted(folder.glob("*/*")) if f.suffix.lower() in IMAGE_SUFFIXES]
+        return _beside_them([_with_file_name(_file(f), f.stem) for f in files], entries, files)
+    classes = [d for d in entries if d.is_dir()]
+    within = [f for d in classes for f in _shown(d)]
+    images = [f for f in within if f.suffix.lower() in IMAGE_SUFFIXES]
     if images:
         table = pa.table({"image": [str(f) for f in images], "label": [f.parent.name for f in images]})
-        return [Part(str(folder), table, "row", np.arange(1, len(images) + 1), folder)]
+        found = [Part(str(folder), table, "row", np.arange(1, len(images) + 1), folder)]
+        return _beside_them(found, [*entries, *within], [*classes, *images])
     raise UserError(
         f"folder {folder} holds no {split} data",
         f"put {', '.join(sorted(READERS))} files there, or images in one sub-folder per label",
     )
 
 
+def _shown(folder: Path) -> list[Path]:
+    """What is in a folder, but for what systems and office programs hide there (._a.csv, ~$a.csv)."""
+    return [path for path in sorted(folder.iterdir()) if not path.name.startswith((".", "~$"))]
+
+
+def split_of(path: Path) -> Split | None:
+    """The split that a folder's name is, or a file's name begins with.
+
+    >>> split_of(Path("test-2.csv")), split_of(Path("testing.csv"))
+    ('test', None)
+    """
+    name = path.name.casefold() if path.is_dir() else re.split(r"[\W_\d]", path.stem.casefold())[0]
+    return SPLIT_NAMES.get(name)
+
+
+def _beside_them(found: list[Part], entries: list[Path], taken: list[Path]) -> list[Part]:
+    """The parts, the first of which knows what else lay there that looks like data."""
+    known = set(taken)
+    left = [path for path in entries if path not in known and _looks_like_data(path)]
+    return [replace(found[0], unread=(*found[0].unread, *left)), *found[1:]]
+
+
+def _looks_like_data(path: Path) -> bool:
+    if path.is_dir():
+        return split_of(path) is not None or any(f.suffix.lower() in {*READERS, *IMAGE_SUFFIXES} for f in _shown(path))
+    return path.suffix.lower() not in (".md", ".toml", ".py") and path.stem.casefold() not in ("readme", "license")
+
+
+def _saved(folder: Path, split: Split, wanted: str | None) -> list[Part]:
+    """What `save_to_disk` of the datasets library wrote there: a dataset, or one of several by name; [] if nothing."""
+    names: list[str] = []
+    if (folder / "dataset_dict.json").is_file():
+        names = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        chosen = wanted or next((name for name in names if SPLIT_NAMES.get(name.casefold()) == split), split)
+        if chosen not in names:
+            raise UserError(
+                f"{folder}: the saved datasets are {listed(names)}, not {chosen!r}{nearest(chosen, names)}",
+                f"write {folder}:NAME with one of them",
+            )
+        place = folder / chosen
+    elif (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        place = folder
+    else:
+        return []
+    try:
+        data = datasets.load_from_disk(str(place))
+    except Exception as error:  # missing or damaged files: the library raises a dozen types
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{place}: a saved dataset that cannot be read: {reason}", "save it anew") from None
+    assert isinstance(data, datasets.Dataset)
+    part = replace(of_dataset(data, str(place)), folder=place, unread=tuple(folder / n for n in names))
+    return [_rows_of_split(part, wanted) if wanted and not names else part]
+
+
 def _with_file_name(part: Part, stem: str) -> Part:
     """Adds the column `file`, so that `partition = {column = "file"}` makes one client per file."""
     if "file" in part.table.column_names:
         return part
-    table = part.table.append_column("file", pa.array([stem] * part.table.num_rows, pa.string()))
-    return Part(part.name, table, part.unit, part.places, part.folder)
+    return replace(part, table=part.table.append_column("file", pa.array([stem] * part.table.num_rows, pa.string())))
 
 
 # ---------------------------------------------------------------------------------------------- files
