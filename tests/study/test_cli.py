@@ -46,6 +46,15 @@ def test_a_table_says_that_nobody_has_trained(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "run.log").read_text().count("Diverged") == 12
 
 
+def test_a_run_says_what_is_to_be_known_of_its_data(tmp_path: Path) -> None:
+    file = tiny.run_file(tmp_path, training="rounds = 1\nsteps = 1\n", data='test = "mine.jsonl"\n')
+    said = fedlora("run", file, "--out", tmp_path / "run").replace("\n", " ")
+    warning = "240 of 240 given test examples are near-copies of training examples"
+    assert f"warning: {warning}" in said
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["warnings"] == [warning]
+    assert f"WARNING fedlora.study.run: {warning}" in (tmp_path / "run" / "run.log").read_text()
+
+
 def test_a_run_folder_holds_what_it_says(done: Path) -> None:
     summary = json.loads((done / "summary.json").read_text())
     assert summary["algorithm"] == "fedit"
