@@ -9,6 +9,7 @@ import pytest
 
 from fedlora.errors import UserError
 from fedlora.study.after import evaluate, personalize
+from fedlora.study.export import export
 from fedlora.study.predict import predict
 from fedlora.study.run import run
 from study import tiny
@@ -31,6 +32,17 @@ def test_all_rows_of_other_data_are_scored(done: Path, tmp_path: Path) -> None:
     said = predict(done, [row["text"] for row in rows])
     right = sum(str(answer).split()[0] == row["label"] for answer, row in zip(said, rows, strict=True))
     assert evaluate(done, other)["accuracy"] == pytest.approx(right / len(rows))
+
+
+def test_a_merged_folder_is_for_transformers(done: Path, tmp_path: Path) -> None:
+    folder = export(done, tmp_path / "merged", merge=True)
+    with pytest.raises(UserError, match=r"merged: a whole \(merged\) model, .*\n  -> load it with transf"):
+        predict(folder, ["one pear"])
+
+
+def test_half_characters_are_refused(done: Path) -> None:
+    with pytest.raises(UserError, match=r"--text 'one \\udce4': '\\udce4' is no character"):
+        predict(done, ["one pear", "one \udce4"])
 
 
 def test_a_newcomer_needs_a_name(done: Path) -> None:

@@ -171,6 +171,11 @@ def test_a_client_with_test_rows_only_is_scored(tmp_path: Path, name: str) -> No
         ("engine.lanes=0", "'engine.lanes' = 0: .*a number from 1"),
         ("engine.tokens=-4", "'engine.tokens' = -4: .*a number from 1"),
         ("output.client_adapters=-1", "a number from 0"),
+        ("seed=1180591620717411303424", "'seed' = 1180591620717411303424: Input should be less than"),
+        ("data.seed=-1", "'data.seed' = -1: Input should be greater than or equal to 0"),
+        ("engine.device=cuda:99", r"\[engine\] device = 'cuda:99': of CUDA's devices there (is|are) \w+ here"),
+        ("training.generate=5", r"my.toml: \[training\] generate = 5 is for causal-lm .*, not text-classification"),
+        ("training.loss_on=all", r"my.toml: \[training\] loss_on = 'all' is for causal-lm .*, not text-class"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, change: str, said: str) -> None:

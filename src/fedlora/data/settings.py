@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 Sources = str | tuple[str, ...]
 
@@ -90,7 +90,7 @@ class DataSettings(BaseModel):
     per_client: PositiveInt | None = None
     holdout_clients: NonNegativeInt | tuple[str, ...] = ()
     partition: PartitionSettings = PartitionSettings()
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
 
     @model_validator(mode="after")
     def _labels_differ(self) -> DataSettings:
