@@ -80,6 +80,26 @@ def test_class_names_floats_and_spaces(tmp_path: Path) -> None:
     assert _table(path).to_pylist() == [{"text": "  a ", "label": "pos"}]
 
 
+@pytest.mark.parametrize(
+    ("label", "kind", "texts"),
+    [
+        ([1.0, 2.0], pa.float16(), ["1", "2"]),
+        ([1e30, 2.0], pa.float64(), ["1e+30", "2"]),
+        ([0.5, 2.0], pa.float32(), ["0.5", "2"]),
+        ([1.0, float("nan")], pa.float64(), "row 2: column 'label' is empty"),
+        ([float("nan"), 0.5], pa.float32(), "row 1: column 'label' is empty"),
+        ([1.0, float("-inf")], pa.float16(), "row 2: column 'label' is infinite"),
+    ],
+)
+def test_float_labels(tmp_path: Path, label: list[float], kind: pa.DataType, texts: list[str] | str) -> None:
+    pq.write_table(pa.table({"text": ["a", "b"], "label": pa.array(label, kind)}), tmp_path / "a.parquet")
+    if isinstance(texts, str):
+        with pytest.raises(UserError, match=texts):
+            _table(str(tmp_path / "a.parquet"))
+    else:
+        assert _table(str(tmp_path / "a.parquet"))["label"].to_pylist() == texts
+
+
 def test_a_suffix_takes_the_rows_of_a_split(tmp_path: Path) -> None:
     path = _write(tmp_path / "a.csv", "text,label,split\na,x,train\n,y,test\nc,x,train\n")
     assert read(f"{path}:train")["text"][:] == ["a", "c"]
@@ -103,6 +123,8 @@ def test_folders(tmp_path: Path) -> None:
     assert read(tmp_path, "test")["text"][:] == ["c"]
     with pytest.raises(UserError, match="holds no validation data"):
         read(tmp_path, "validation")
+    with pytest.raises(UserError, match=r":tset: a folder has no split of that name \(nearest: 'test'\)"):
+        read(f"{tmp_path}:tset")
 
 
 def test_image_folders(tmp_path: Path) -> None:
@@ -115,6 +137,37 @@ def test_image_folders(tmp_path: Path) -> None:
         b"train/cat/1.png",
         b"train/dog/1.jpg",
     ]
+
+
+def test_hidden_files_and_other_things_are_no_data(tmp_path: Path) -> None:
+    _write(tmp_path / "a.csv", "text,label\na,x\n")
+    for name in ("._a.csv", "~$a.csv", ".~lock.a.csv#", ".hidden.jsonl"):
+        _write(tmp_path / name, b"\0\5\26\7mac")
+    assert read(tmp_path)["text"][:] == ["a"]
+    for name in ("cat/1.png", "cat/._1.png", "cat/Thumbs.db", ".trash/2.png"):
+        (tmp_path / "pics" / name).parent.mkdir(parents=True, exist_ok=True)
+        _write(tmp_path / "pics" / name, name)
+    (found,) = parts(tmp_path / "pics")
+    assert found.table["image"].to_pylist() == [str(tmp_path / "pics" / "cat" / "1.png")]
+    assert [path.name for path in found.unread] == ["Thumbs.db"]
+
+
+def test_datasets_saved_to_disk(tmp_path: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["n", "y"])})
+    rows = {"text": ["a", "b"], "label": [1, 0]}
+    train = datasets.Dataset.from_dict(rows, features=features)
+    train.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=train.select([0]), dev=train.select([1])).save_to_disk(tmp_path / "several")
+    assert _table(str(tmp_path / "one")).to_pylist() == [{"text": "a", "label": "y"}, {"text": "b", "label": "n"}]
+    assert read(tmp_path / "several")["text"][:] == ["a"]
+    assert read(tmp_path / "several", "validation")["text"][:] == read(f"{tmp_path}/several:dev")["text"][:] == ["b"]
+    with pytest.raises(UserError, match=r"several: the saved datasets are 'train', 'dev', not 'test'\n  -> write"):
+        read(tmp_path / "several", "test")
+    with pytest.raises(UserError, match=r"one:train: the file has no column 'split'"):
+        read(f"{tmp_path}/one:train")
+    (tmp_path / "one" / "data-00000-of-00001.arrow").unlink()
+    with pytest.raises(UserError, match=r"one: a saved dataset that cannot be read: .*\n  -> save it anew"):
+        read(tmp_path / "one")
 
 
 def test_image_columns(tmp_path: Path) -> None:
@@ -130,9 +183,11 @@ def test_image_columns(tmp_path: Path) -> None:
         assert [value["bytes"] for value in taken] == [b"1", b"2"]
     path = _write(tmp_path / "a.csv", "image\none.png\n")
     assert _table(path, image="image")["image"].to_pylist() == [{"bytes": None, "path": str(tmp_path / "one.png")}]
-    path = _write(tmp_path / "a.csv", "image\none.png\ntwo.png\n")
-    with pytest.raises(UserError, match=r"line 3: image 'two\.png' does not exist"):
-        _table(path, image="image")
+    (tmp_path / "folder").mkdir()
+    for name in ("two.png", "folder"):
+        path = _write(tmp_path / "a.csv", f"image\none.png\n{name}\n")
+        with pytest.raises(UserError, match=rf"line 3: image '{name}' does not exist"):
+            _table(path, image="image")
 
 
 @pytest.mark.parametrize(
@@ -153,6 +208,20 @@ def test_image_columns(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": "b"}\n', r"line 2: column 'label' is empty\n"),
         ("a.jsonl", '{"text": "a", "label": null}\n' * 3, r"line 1: column 'label' is empty \(and 2 more\)"),
         ("a.jsonl", '{"text": ["a"], "label": "x"}', "column 'text' holds list.*not text"),
+        ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": "b", "label": NaN}', "line 2: column 'label' is empty\n"),
+        ("a.jsonl", '{"text": "a", "label": 1.0}\n{"text": "b", "label": NaN}', "line 2: column 'label' is empty\n"),
+        ("a.jsonl", '{"text": NaN, "label": "x"}\n{"text": "b", "label": "y"}', "line 1: column 'text' is empty\n"),
+        ("a.json", '[{"text": "a", "label": 2}, {"text": NaN, "label": 1}]', "row 2: column 'text' is empty\n"),
+        ("a.jsonl", '{"text": "a", "label": 1.0}\n{"text": "b", "label": Infinity}', "line 2: column 'label' is inf"),
+        ("a.jsonl", '\n{"text": "a"}\n{"text": "b \\ud83d"}', r"line 3: column 'text' holds half .*: 'b \\ud83d'"),
+        ("a.json", '[{"text": "a"}, {"\\udc00": 1}]', r"row 2: column '\\udc00' holds half a character"),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{"n": ' + "9" * 5000,
+            r"line 2: cannot be read \(Exceeds the limit .*'\{.n.: 9",
+        ),
+        ("a.jsonl", '{"text": "a"}\n{"n": ' + "[" * 100_000, r"line 2: cannot be read \(nested too deeply\): '"),
+        ("a.json", "[" * 100_000, r"a\.json: cannot be read \(nested too deeply\)\n"),
         ("a.csv", 'text,label\n"two\nlines",x\n \t,y\n', r"a\.csv, line 4: column 'text' is empty"),
         ("a.csv", "text,label\na,x\nb,c,y\n", r"line 3: 3 cells where the header has 2 .*last cell 'y'"),
         ("a.csv", "text,label\na,x\nb\n", r"line 3: 1 cells where the header has 2"),
@@ -244,3 +313,4 @@ def test_partition_settings_follow_from_what_is_given() -> None:
 def test_numbers_are_ordered_by_value() -> None:
     assert in_order(["10", "9", "-1"]) == ["-1", "9", "10"]
     assert in_order(["10", "9", "x"]) == ["10", "9", "x"]
+    assert in_order(["9" * 5000, "10"]) == ["10", "9" * 5000]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fedlora.errors import UserError
 from fedlora.sites.settings import FILE, SiteSettings, load, parse, size, template
+from fedlora.study.config import read
 
 GOOD: dict[str, Any] = {
     "name": "north",
@@ -68,6 +69,13 @@ def test_paths_start_at_the_file(tmp_path: Path) -> None:
         assert site.data.train == (here, f"{here}:train", "owner/hub")
         assert site.server.ca == str(tmp_path / "ca.pem")
         assert site.server.key == str(tmp_path / "site.key")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text('\ufeffname = "n"\n[server]\naddress = "h:1"\n[data]\ntrain = "a.csv"\n', "utf-8")
+    assert load(tmp_path).name == "n"
+    (tmp_path / "my.toml").write_text("\ufeff[data]\nseed = 3\n", "utf-8")
+    assert read(tmp_path / "my.toml") == {"data": {"seed": 3}}
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:

@@ -46,6 +46,15 @@ def test_a_table_says_that_nobody_has_trained(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "run.log").read_text().count("Diverged") == 12
 
 
+def test_a_run_says_what_is_to_be_known_of_its_data(tmp_path: Path) -> None:
+    file = tiny.run_file(tmp_path, training="rounds = 1\nsteps = 1\n", data='test = "mine.jsonl"\n')
+    said = fedlora("run", file, "--out", tmp_path / "run").replace("\n", " ")
+    warning = "240 of 240 given test examples are near-copies of training examples"
+    assert f"warning: {warning}" in said
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["warnings"] == [warning]
+    assert f"WARNING fedlora.study.run: {warning}" in (tmp_path / "run" / "run.log").read_text()
+
+
 def test_a_run_folder_holds_what_it_says(done: Path) -> None:
     summary = json.loads((done / "summary.json").read_text())
     assert summary["algorithm"] == "fedit"
@@ -162,6 +171,11 @@ def test_a_client_with_test_rows_only_is_scored(tmp_path: Path, name: str) -> No
         ("engine.lanes=0", "'engine.lanes' = 0: .*a number from 1"),
         ("engine.tokens=-4", "'engine.tokens' = -4: .*a number from 1"),
         ("output.client_adapters=-1", "a number from 0"),
+        ("seed=1180591620717411303424", "'seed' = 1180591620717411303424: Input should be less than"),
+        ("data.seed=-1", "'data.seed' = -1: Input should be greater than or equal to 0"),
+        ("engine.device=cuda:99", r"\[engine\] device = 'cuda:99': of CUDA's devices there (is|are) \w+ here"),
+        ("training.generate=5", r"my.toml: \[training\] generate = 5 is for causal-lm .*, not text-classification"),
+        ("training.loss_on=all", r"my.toml: \[training\] loss_on = 'all' is for causal-lm .*, not text-class"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, change: str, said: str) -> None:

@@ -275,6 +275,9 @@ def test_image_files_are_classified(tmp_path) -> None:
     torch.testing.assert_close(torch.tensor([list(answer.probabilities.values())]), wanted, rtol=1e-5, atol=1e-5)
     with pytest.raises(UserError, match="no image file"):
         predict(tmp_path / "a", ["absent.png"])
+    (tmp_path / "a.txt").write_text("a text")
+    with pytest.raises(UserError, match=r"image .*a\.txt cannot be read: it is no image"):
+        predict(tmp_path / "a", [str(tmp_path / "one.png"), str(tmp_path / "a.txt")])
 
 
 @pytest.mark.slow

@@ -10,9 +10,10 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute
 
+from fedlora.data.formats import Part
 from fedlora.data.keys import listed, nearest
 from fedlora.data.settings import DataSettings
-from fedlora.data.sources import Part, Split, dataset, parts
+from fedlora.data.sources import Split, dataset, parts
 from fedlora.errors import UserError
 
 TASKS = ("text-classification", "image-classification", "causal-lm")
@@ -92,8 +93,8 @@ def _texts(part: Part, name: str, column: pa.ChunkedArray, feature: object, trim
     kind = column.type
     if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         raise UserError(f"{part.name}: column {name!r} holds {kind}, not text", "turn its values into text first")
-    if pa.types.is_floating(kind) and pc.all(pc.equal(pc.round(column), column)).as_py():
-        column = column.cast(pa.int64())  # whole numbers that became floats because some file had a gap
+    if pa.types.is_floating(kind):
+        column = _numbers(part, name, column)
     texts = column.cast(pa.large_string())
     blank = pc.utf8_trim_whitespace(texts)
     bad = pc.fill_null(pc.equal(blank, ""), True)
@@ -103,6 +104,16 @@ def _texts(part: Part, name: str, column: pa.ChunkedArray, feature: object, trim
         more = f" (and {count - 1} more)" if count > 1 else ""
         raise UserError(f"{part.place(row)}: column {name!r} is empty{more}", "fill it in or remove the line")
     return blank if trim else texts
+
+
+def _numbers(part: Part, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Floats as they are written in text: whole where all are (some file had a gap), null where there is no number."""
+    column = column.cast(pa.float32()) if pa.types.is_float16(column.type) else column  # Arrow writes no halves
+    if (row := pc.index(pc.is_inf(column), True).as_py()) >= 0:
+        raise UserError(f"{part.place(row)}: column {name!r} is infinite", "correct the number or remove the line")
+    column = pc.if_else(pc.is_nan(column), None, column)
+    whole = pc.and_(pc.equal(pc.round(column), column), pc.less(pc.abs(column), 2.0**53))
+    return column.cast(pa.int64()) if pc.all(whole).as_py() else column
 
 
 def _class_names(column: pa.ChunkedArray, feature: datasets.ClassLabel) -> pa.ChunkedArray:
@@ -137,6 +148,6 @@ def _found(part: Part, name: str, row: int, path: str | None) -> str:
     if not path:
         raise UserError(f"{part.place(row)}: column {name!r} is empty", "fill it in or remove the line")
     for candidate in (path if part.folder is None else str(part.folder / path), path):
-        if os.path.exists(candidate):
+        if os.path.isfile(candidate):
             return candidate
     raise UserError(f"{part.place(row)}: image {path!r} does not exist", "correct the path")

@@ -16,7 +16,8 @@ def in_order(names: Iterable[str]) -> list[str]:
     (['2', '10'], ['10', '2', 'b'])
     """
     distinct = set(names)
-    if all(name.isascii() and name.removeprefix("-").isdigit() for name in distinct):
+    # (Python takes no number of more than 4300 digits from text)
+    if all(name.isascii() and name.removeprefix("-").isdigit() and len(name) < 1000 for name in distinct):
         return sorted(distinct, key=lambda name: (int(name), name))
     return sorted(distinct)
 

@@ -14,10 +14,12 @@ import pyarrow as pa
 
 from fedlora.data import duplicates
 from fedlora.data.fields import as_dataset, columns_of, extract
+from fedlora.data.formats import Part, of_dataset
 from fedlora.data.keys import in_order, listed, nearest, stream
 from fedlora.data.partition import assign, codes, hold_out
+from fedlora.data.remarks import unheeded, unread
 from fedlora.data.settings import DataSettings, Sources
-from fedlora.data.sources import SPLIT_NAMES, Part, Split, many, of_dataset
+from fedlora.data.sources import SPLIT_NAMES, Split, many
 from fedlora.data.split import FIT, HOLDOUT, NAMES, TEST, at_most, divide, follow, keep_trained
 from fedlora.errors import UserError
 
@@ -101,6 +103,7 @@ class _Rows:
     has_test: np.ndarray  # (clients,) bool: the user brought test data for it
     unseen: tuple[str, ...]
     read: Sequence[Part]  # where each row stood, for errors
+    warnings: tuple[str, ...] = ()  # of what was read
 
 
 def build(settings: DataSettings, task: str) -> Population:
@@ -117,6 +120,7 @@ def build(settings: DataSettings, task: str) -> Population:
     tables: list[pa.Table] = []
     read: list[Part] = []
     given: list[int] = []
+    warnings: list[str] = []
     splits: tuple[tuple[Split, Sources | None], ...] = (
         ("train", settings.train),
         ("validation", settings.validation),
@@ -125,6 +129,7 @@ def build(settings: DataSettings, task: str) -> Population:
     for name, sources in splits:
         for part in many(sources, name) if sources else ():
             tables.append(extract(part, wanted))
+            warnings += unheeded(part, name, wanted.values())
             read.append(replace(part, table=part.table.schema.empty_table()))  # only the places are needed from here
             given.append(_GIVEN[name])
     placed = np.repeat(given, [len(part.places) for part in read])
@@ -141,6 +146,7 @@ def build(settings: DataSettings, task: str) -> Population:
         has_test=np.full(len(ids) + len(extra), settings.test is not None),
         unseen=hold_out(settings.holdout_clients, ids, settings.seed) + extra,
         read=read,
+        warnings=(*unread(read), *warnings),
     )
     return _finish(rows, settings)
 
@@ -245,7 +251,7 @@ def _owners(
 
 def _finish(rows: _Rows, settings: DataSettings, partial: bool = False) -> Population:
     """Draws, splits, checks and seals."""
-    warnings = _unused(rows, rows.client >= 0)
+    warnings = [*rows.warnings, *_unused(rows, rows.client >= 0)]
     table = rows.table
     near, exact = duplicates.near_groups(table), cache(lambda: duplicates.exact_groups(table))
     if settings.per_client is not None:

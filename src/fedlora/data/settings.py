@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 Sources = str | tuple[str, ...]
 
@@ -63,9 +63,10 @@ class PartitionSettings(BaseModel):
 class DataSettings(BaseModel):
     """The `[data]` section: where the examples are, which columns matter, who owns them.
 
-    `train`, `validation` and `test` are each a file (.jsonl, .json, .csv, .tsv, .parquet), a folder, a hub id
-    (`name`, `owner/name@config`), or a list of them; `:split` at the end takes that split of a hub dataset, or the
-    rows of a file whose column `split` says so. Without `test`, each client's examples are split 70/10/20.
+    `train`, `validation` and `test` are each a file (.jsonl, .json, .csv, .tsv, .parquet), a folder (of such files, of
+    images, or that `datasets` saved to disk), a hub id (`name`, `owner/name@config`), or a list of them; `:split` at
+    the end takes that split of a hub or saved dataset, or the rows of a file whose column `split` says so. Without
+    `test`, each client's examples are split 70/10/20.
     `per_client`: at most so many examples of each client and of each given part, drawn by the seed, distinct ones
     before copies.
 
@@ -89,7 +90,7 @@ class DataSettings(BaseModel):
     per_client: PositiveInt | None = None
     holdout_clients: NonNegativeInt | tuple[str, ...] = ()
     partition: PartitionSettings = PartitionSettings()
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
 
     @model_validator(mode="after")
     def _labels_differ(self) -> DataSettings:

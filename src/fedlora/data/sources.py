@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from uuid import uuid4
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from fedlora.data.formats import READERS, Part, of_dataset, stack
 from fedlora.data.keys import listed, nearest
 from fedlora.errors import UserError
 
@@ -35,27 +34,12 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 _HUB_ID = re.compile(r"^([\w.-]+(?:/[\w.-]+)?)(?:@([\w.-]+))?$")
 
 
-@dataclass(frozen=True)
-class Part:
-    """One file (or hub split) as read: its columns, and where each row stood."""
-
-    name: str
-    table: pa.Table
-    unit: Literal["line", "row"]
-    places: np.ndarray  # (rows,) int64: the line or row number, from 1
-    folder: Path | None = None  # what relative image paths start from
-
-    def place(self, row: int) -> str:
-        """'reviews.csv, line 7' for row index 5 of a file with a header."""
-        return f"{self.name}, {self.unit} {int(self.places[row])}"
-
-
 def read(source: str | Path, split: Split = "train") -> datasets.Dataset:
     """All rows and columns of a file, folder or hub dataset; `split` picks among a folder's or hub dataset's splits.
 
     Raises `UserError` that names the file and line of what cannot be read. Columns that one file lacks are null there.
     """
-    return dataset(_stack([part.table for part in parts(source, split)]))
+    return dataset(stack([part.table for part in parts(source, split)]))
 
 
 def dataset(table: pa.Table) -> datasets.Dataset:
@@ -68,7 +52,7 @@ def parts(source: str | Path, split: Split = "train") -> list[Part]:
     where, wanted = _wanted_split(str(source))
     path = Path(where).expanduser()
     if path.is_dir():
-        found = _folder(path, SPLIT_NAMES.get(wanted or "", split))
+        found = _saved(path, split, wanted) or _folder(path, _split_named(path, wanted) if wanted else split)
     elif path.is_file():
         found = [_file(path)]
         if wanted:
@@ -89,6 +73,15 @@ def _wanted_split(source: str) -> tuple[str, str | None]:
     return head, tail
 
 
+def _split_named(folder: Path, wanted: str) -> Split:
+    if (found := SPLIT_NAMES.get(wanted.casefold())) is None:
+        raise UserError(
+            f"{folder}:{wanted}: a folder has no split of that name{nearest(wanted, SPLIT_NAMES)}",
+            "write train, validation or test, or name a file of the folder",
+        )
+    return found
+
+
 def _rows_of_split(part: Part, wanted: str) -> Part:
     if "split" not in part.table.column_names:
         raise UserError(
@@ -104,7 +97,7 @@ def _rows_of_split(part: Part, wanted: str) -> Part:
             f"{nearest(wanted, values)}",
             f"write {part.name}:NAME with one of them",
         )
-    return Part(part.name, part.table.take(rows), part.unit, part.places[rows], part.folder)
+    return replace(part, table=part.table.take(rows), places=part.places[rows])
 
 
 # ---------------------------------------------------------------------------------------------- folders
@@ -112,42 +105,98 @@ def _rows_of_split(part: Part, wanted: str) -> Part:
 
 def _folder(folder: Path, split: Split) -> list[Part]:
     """A folder of data files, or of one sub-folder of images per label; a split of its own name is preferred."""
-    inner = [d for d in sorted(folder.iterdir()) if d.is_dir() and SPLIT_NAMES.get(d.name.casefold()) == split]
+    entries = _shown(folder)
+    inner = [d for d in entries if d.is_dir() and split_of(d) == split]
     if inner:
-        return [part for d in inner for part in _folder(d, split)]
-    files = [f for f in sorted(folder.iterdir()) if f.is_file() and f.suffix.lower() in _READERS]
-    named = {f: SPLIT_NAMES.get(re.split(r"[\W_\d]", f.stem.casefold())[0]) for f in files}
-    if any(named.values()):  # a folder with train.csv and test.csv must never train on both
-        files = [f for f, name in named.items() if name == split]
+        return _beside_them([part for d in inner for part in _folder(d, split)], entries, inner)
+    files = [f for f in entries if f.is_file() and f.suffix.lower() in READERS]
+    if any(map(split_of, files)):  # a folder with train.csv and test.csv must never train on both
+        files = [f for f in files if split_of(f) == split]
     if files:
-        return [_with_file_name(_file(f), f.stem) for f in files]
-    images = [f for f in sorted(folder.glob("*/*")) if f.suffix.lower() in IMAGE_SUFFIXES]
+        return _beside_them([_with_file_name(_file(f), f.stem) for f in files], entries, files)
+    classes = [d for d in entries if d.is_dir()]
+    within = [f for d in classes for f in _shown(d)]
+    images = [f for f in within if f.suffix.lower() in IMAGE_SUFFIXES]
     if images:
         table = pa.table({"image": [str(f) for f in images], "label": [f.parent.name for f in images]})
-        return [Part(str(folder), table, "row", np.arange(1, len(images) + 1), folder)]
+        found = [Part(str(folder), table, "row", np.arange(1, len(images) + 1), folder)]
+        return _beside_them(found, [*entries, *within], [*classes, *images])
     raise UserError(
         f"folder {folder} holds no {split} data",
-        f"put {', '.join(sorted(_READERS))} files there, or images in one sub-folder per label",
+        f"put {', '.join(sorted(READERS))} files there, or images in one sub-folder per label",
     )
+
+
+def _shown(folder: Path) -> list[Path]:
+    """What is in a folder, but for what systems and office programs hide there (._a.csv, ~$a.csv)."""
+    return [path for path in sorted(folder.iterdir()) if not path.name.startswith((".", "~$"))]
+
+
+def split_of(path: Path) -> Split | None:
+    """The split that a folder's name is, or a file's name begins with.
+
+    >>> split_of(Path("test-2.csv")), split_of(Path("testing.csv"))
+    ('test', None)
+    """
+    name = path.name.casefold() if path.is_dir() else re.split(r"[\W_\d]", path.stem.casefold())[0]
+    return SPLIT_NAMES.get(name)
+
+
+def _beside_them(found: list[Part], entries: list[Path], taken: list[Path]) -> list[Part]:
+    """The parts, the first of which knows what else lay there that looks like data."""
+    known = set(taken)
+    left = [path for path in entries if path not in known and _looks_like_data(path)]
+    return [replace(found[0], unread=(*found[0].unread, *left)), *found[1:]]
+
+
+def _looks_like_data(path: Path) -> bool:
+    if path.is_dir():
+        return split_of(path) is not None or any(f.suffix.lower() in {*READERS, *IMAGE_SUFFIXES} for f in _shown(path))
+    return path.suffix.lower() not in (".md", ".toml", ".py") and path.stem.casefold() not in ("readme", "license")
+
+
+def _saved(folder: Path, split: Split, wanted: str | None) -> list[Part]:
+    """What `save_to_disk` of the datasets library wrote there: a dataset, or one of several by name; [] if nothing."""
+    names: list[str] = []
+    if (folder / "dataset_dict.json").is_file():
+        names = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        chosen = wanted or next((name for name in names if SPLIT_NAMES.get(name.casefold()) == split), split)
+        if chosen not in names:
+            raise UserError(
+                f"{folder}: the saved datasets are {listed(names)}, not {chosen!r}{nearest(chosen, names)}",
+                f"write {folder}:NAME with one of them",
+            )
+        place = folder / chosen
+    elif (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        place = folder
+    else:
+        return []
+    try:
+        data = datasets.load_from_disk(str(place))
+    except Exception as error:  # missing or damaged files: the library raises a dozen types
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{place}: a saved dataset that cannot be read: {reason}", "save it anew") from None
+    assert isinstance(data, datasets.Dataset)
+    part = replace(of_dataset(data, str(place)), folder=place, unread=tuple(folder / n for n in names))
+    return [_rows_of_split(part, wanted) if wanted and not names else part]
 
 
 def _with_file_name(part: Part, stem: str) -> Part:
     """Adds the column `file`, so that `partition = {column = "file"}` makes one client per file."""
     if "file" in part.table.column_names:
         return part
-    table = part.table.append_column("file", pa.array([stem] * part.table.num_rows, pa.string()))
-    return Part(part.name, table, part.unit, part.places, part.folder)
+    return replace(part, table=part.table.append_column("file", pa.array([stem] * part.table.num_rows, pa.string())))
 
 
 # ---------------------------------------------------------------------------------------------- files
 
 
 def _file(path: Path) -> Part:
-    reader = _READERS.get(path.suffix.lower())
+    reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(
             f"{path}: files ending in {path.suffix or 'nothing'!r} cannot be read",
-            f"convert it to one of {', '.join(sorted(_READERS))}",
+            f"convert it to one of {', '.join(sorted(READERS))}",
         )
     try:
         return reader(path)
@@ -157,152 +206,12 @@ def _file(path: Path) -> Part:
         ) from None
 
 
-def _text_lines(path: Path) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: not UTF-8 text (byte {error.start + 1}: 0x{raw[error.start]:02x})",
-                    "save the file as UTF-8",
-                ) from None
-
-
-def _jsonl(path: Path) -> Part:
-    tables: list[pa.Table] = []
-    rows: list[dict[str, Any]] = []
-    places: list[int] = []
-    for number, line in enumerate(_text_lines(path), 1):
-        if not line.strip():
-            continue
-        if not places and line.lstrip().startswith("["):
-            return _json_array(path)
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {number}, column {error.colno}: not JSON ({error.msg}): {line.strip()[:60]!r}",
-                "every line must be one complete JSON object; repair or remove this one",
-            ) from None
-        rows.append(_object(value, path, "line", number))
-        places.append(number)
-        if len(rows) == 2_000:  # Arrow holds text in a third of the memory that Python's objects take
-            tables.append(_columns(rows))
-            rows = []
-    tables += [_columns(rows)] if rows or not tables else []
-    return Part(str(path), _stack(tables), "line", np.array(places, dtype=np.int64), path.parent)
-
-
-def _json_array(path: Path) -> Part:
-    try:
-        values = json.loads("".join(_text_lines(path)))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})",
-            "the file must be one array of objects, or one object a line",
-        ) from None
-    rows = [_object(value, path, "row", number) for number, value in enumerate(values, 1)]
-    return Part(str(path), _columns(rows), "row", np.arange(1, len(rows) + 1), path.parent)
-
-
-def _object(value: Any, path: Path, unit: str, number: int) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(
-            f"{path}, {unit} {number}: {str(value)[:40]!r} is not an object", 'write {"text": "...", "label": "..."}'
-        )
-    return value
-
-
-def _columns(rows: Sequence[dict[str, Any]]) -> pa.Table:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return pa.table({name: _array([row.get(name) for row in rows]) for name in names})
-
-
-def _array(values: list[Any]) -> pa.Array:
-    """One Arrow column; values of several types (1 beside "one") all become text."""
-    try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-        return pa.array([v if v is None or isinstance(v, str) else json.dumps(v) for v in values], pa.string())
-
-
-def _delimited(delimiter: str) -> Callable[[Path], Part]:
-    return lambda path: _csv(path, delimiter)
-
-
-def _csv(path: Path, delimiter: str) -> Part:
-    limit = csv.field_size_limit(2**30)  # the default refuses cells above 128 kB
-    try:
-        # strict: an unclosed quote is an error here, else it would swallow the rest of the file
-        reader = csv.reader(_text_lines(path), delimiter=delimiter, strict=True)
-        header, rows, places, line = None, [], [], 1
-        try:
-            for row in reader:
-                start, line = line, reader.line_num + 1
-                if not row:
-                    continue
-                if header is None:
-                    header = _header(row, path, delimiter)
-                elif len(row) != len(header):
-                    raise UserError(
-                        f"{path}, line {start}: {len(row)} cells where the header has {len(header)} "
-                        f"({listed(header)}); last cell {row[-1][:40]!r}",
-                        'put cells that hold the delimiter or a line break in "quotes", or complete the line',
-                    )
-                else:
-                    rows.append(row)
-                    places.append(start)
-        except csv.Error as error:
-            raise UserError(
-                f"{path}, line {line} (to {reader.line_num}): {error}",
-                'check the quotes: a quote inside a quoted cell is written twice ("")',
-            ) from None
-    finally:
-        csv.field_size_limit(limit)
-    columns = zip(*rows, strict=True) if rows else ([] for _ in header or [])
-    table = pa.table({n: pa.array(list(c), pa.string()) for n, c in zip(header or [], columns, strict=True)})
-    return Part(str(path), table, "line", np.array(places, dtype=np.int64), path.parent)
-
-
-def _header(row: list[str], path: Path, delimiter: str) -> list[str]:
-    header = [name.strip() for name in row]
-    twice = [name for name in dict.fromkeys(header) if header.count(name) > 1]
-    if twice:
-        raise UserError(f"{path}, line 1: column {twice[0]!r} stands twice in the header", "give it another name")
-    if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
-        raise UserError(
-            f"{path}, line 1: the header {header[0]!r} has no {delimiter!r}",
-            "separate the cells by commas (.csv) or tabs (.tsv)",
-        )
-    return header
-
-
-def _parquet(path: Path) -> Part:
-    try:
-        table = pq.read_table(path)
-    except pa.ArrowException as error:
-        raise UserError(
-            f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})", "write it anew"
-        ) from None
-    return Part(str(path), table, "row", np.arange(1, table.num_rows + 1), path.parent)
-
-
-_READERS: dict[str, Callable[[Path], Part]] = {
-    ".jsonl": _jsonl,
-    ".json": _jsonl,
-    ".csv": _delimited(","),
-    ".tsv": _delimited("\t"),
-    ".parquet": _parquet,
-}
-
-
 # ---------------------------------------------------------------------------------------------- hub
 
 
 def _hub(name: str, split: str) -> Part:
     match = _HUB_ID.match(name)
-    if match is None or Path(name).suffix.lower() in _READERS:
+    if match is None or Path(name).suffix.lower() in READERS:
         raise UserError(f"{name} does not exist{_beside(Path(name))}", "check the path (relative to where you run)")
     try:
         data = datasets.load_dataset(match[1], name=match[2], split=split)
@@ -316,33 +225,11 @@ def _hub(name: str, split: str) -> Part:
     return of_dataset(data, f"{name}:{split}")
 
 
-def of_dataset(data: datasets.Dataset, name: str) -> Part:
-    """A dataset in memory as a part; its features (class names, images) travel in the table's metadata."""
-    table: Any = data.with_format("arrow")[:]
-    table = table.replace_schema_metadata(data.features.arrow_schema.metadata)
-    return Part(name, table, "row", np.arange(1, table.num_rows + 1))
-
-
 def _beside(path: Path) -> str:
     try:
         return nearest(path.name, (p.name for p in path.expanduser().parent.iterdir()))
     except OSError:
         return f" (nor does the folder {path.parent})"
-
-
-def _stack(tables: Sequence[pa.Table]) -> pa.Table:
-    """Tables under one another; columns that differ in type become text."""
-    try:
-        return pa.concat_tables(tables, promote_options="permissive")
-    except (pa.ArrowTypeError, pa.ArrowInvalid):
-        return pa.concat_tables([_loose(table) for table in tables], promote_options="permissive")
-
-
-def _loose(table: pa.Table) -> pa.Table:
-    def cast(column: pa.ChunkedArray) -> pa.ChunkedArray:
-        return column if pa.types.is_nested(column.type) else column.cast(pa.large_string())
-
-    return pa.table({name: cast(table[name]) for name in table.column_names})
 
 
 def many(sources: str | Iterable[str], split: Split) -> list[Part]:

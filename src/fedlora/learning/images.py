@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedlora.errors import UserError
-from fedlora.learning.examples import Examples, Inputs, Totals, class_indices, class_scores, require, slices
+from fedlora.learning.examples import SLICE, Examples, Inputs, Totals, class_indices, class_scores, require
 
 Array = np.ndarray[Any, Any]
 PATCH = 256
@@ -96,10 +96,7 @@ class ImageClassification:
 
     def encode(self, table: Any, processor: Any) -> Examples:
         require(table, (self.image, self.label))
-        parts: list[Array] = []
-        for part in slices(table):
-            parts += [_array(value) for value in part[self.image]]
-        stored = _one_size(parts, self._pixels(processor))
+        stored = _one_size(map(_array, _decoded(table, self.image)), self._pixels(processor))
         height, width = self._pixels(processor).size or stored.shape[1:3]
         return Examples(
             lengths=np.full(len(stored), max(1, height * width // PATCH), dtype=np.int64),
@@ -120,6 +117,31 @@ class ImageClassification:
 
     def _pixels(self, processor: Any) -> Pixels:
         return processor if isinstance(processor, Pixels) else self.pixels
+
+
+def _decoded(table: Any, column: str) -> Iterator[Any]:
+    """Every row's image. Raises `UserError` that names the first that cannot be decoded."""
+    for start in range(0, len(table), SLICE):
+        try:
+            images = table[start : start + SLICE][column]
+        except Exception:  # image libraries raise a dozen types
+            _require_images(table, column, range(start, min(start + SLICE, len(table))))
+            raise
+        yield from images
+
+
+def _require_images(table: Any, column: str, rows: Iterable[int]) -> None:
+    from datasets import Image  # only a table of theirs decodes
+
+    for row in rows:
+        try:
+            table[row][column]
+        except Exception as error:
+            path = table.cast_column(column, Image(decode=False))[row][column]["path"]
+            unknown = type(error).__name__ == "UnidentifiedImageError"  # its own words tell of an object in memory
+            reason = "it is no image" if unknown else (str(error).splitlines() or [type(error).__name__])[0]
+            place = f"image {path}" if path else f"the image of row {row + 1}"
+            raise UserError(f"{place} cannot be read: {reason}", "put it right, or leave it out") from error
 
 
 def _array(value: Any) -> Array:

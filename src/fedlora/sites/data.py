@@ -11,10 +11,11 @@ import pyarrow as pa
 from torch import nn
 
 from fedlora.data.fields import as_dataset, columns_of, extract
+from fedlora.data.formats import Part
 from fedlora.data.keys import listed, nearest
 from fedlora.data.population import Population, from_datasets
 from fedlora.data.settings import DataSettings
-from fedlora.data.sources import Part, many
+from fedlora.data.sources import many
 from fedlora.errors import UserError
 from fedlora.learning.backbone import Backbone
 from fedlora.sites.settings import SiteSettings

@@ -145,7 +145,7 @@ def load(place: str | Path) -> SiteSettings:
     file = Path(place)
     file = file / FILE if file.is_dir() else file
     try:
-        text = file.read_text("utf-8")
+        text = file.read_text("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{file}: no such site file", "make one with: fedlora site init NAME") from None
     except (OSError, UnicodeDecodeError) as error:

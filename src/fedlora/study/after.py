@@ -44,6 +44,7 @@ def evaluate(
             'leave its rows out: where [data] label_space is "client", a client\'s model knows no other labels',
         )
     table = table.add_column("split", ["test"] * len(table))  # type: ignore[arg-type]
+    config = config.replace(data={"per_client": None})  # that is of the run's clients: all rows given are scored
     experiment = _alone(config, place, "data", table, saved["ranks"], model, models)
     experiment.learner.knows("data", about.own_labels or about.labels)
     return _scores(experiment, found, "data")
@@ -63,6 +64,8 @@ def personalize(
     Its examples are split 70/10/20 like any client's; the server's state stays as it is. ``backbone``: which of
     ``[clients] models`` is its own (default: the first).
     """
+    if not client.strip():
+        raise UserError(f"--client {client!r}: a client needs a name", "give it an id that no other client has")
     place, config, saved = _finished(run)
     target = place / "adapters" / export.CLIENTS / quoted(client)
     if client in saved["acked"] or target.exists():

@@ -217,7 +217,7 @@ class OutputSettings(Section):
 class RunConfig(Section):
     """A whole run file."""
 
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     model: ModelSettings
     adapter: AdapterSettings = AdapterSettings()  # type: ignore[call-arg]
     data: DataSettings
@@ -234,6 +234,15 @@ class RunConfig(Section):
         if self.model.bits is not None and trained:
             raise ValueError(f"what [model] bits = {self.model.bits} stores is not trained, and {whole} trains it")
         return self
+
+    @model_validator(mode="after")
+    def _answers(self) -> RunConfig:
+        training, prompted = self.training, self.model.task == "causal-lm" and self.data.text is None
+        if prompted or (not training.generate and training.loss_on == "answer"):
+            return self
+        key = f"generate = {training.generate}" if training.generate else "loss_on = 'all'"
+        has = "causal-lm on [data] text" if self.model.task == "causal-lm" else self.model.task
+        raise ValueError(f"[training] {key} is for causal-lm with [data] prompt and response, not {has}: leave it out")
 
     @model_validator(mode="before")
     @classmethod
@@ -274,7 +283,8 @@ def _explained(problem: Any, model: type[BaseModel]) -> str:
         return f"unknown key '{key}' ({meant(path[-1], _keys(path[:-1], model))})"
     if problem["type"] == "missing":
         return f"'{key}' is missing"
-    return f"'{key}' = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
+    said = problem["msg"].removeprefix("Value error, ")
+    return f"'{key}' = {problem['input']!r}: {said}" if key else said  # of keys of several sections
 
 
 def _keys(path: Sequence[str], root: type[BaseModel]) -> list[str]:
@@ -292,7 +302,7 @@ def _keys(path: Sequence[str], root: type[BaseModel]) -> list[str]:
 def read(file: Path) -> dict[str, Any]:
     """The tables of a TOML file; UserError where there is none, or it cannot be read, or is not TOML."""
     try:
-        return tomllib.loads(file.read_text("utf-8"))
+        return tomllib.loads(file.read_text("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{file}: no such file", "write one (see the README) or check the path") from None
     except OSError as error:

@@ -129,6 +129,11 @@ class Experiment:
         """What a checkpoint belongs to: the data's hash, and the largest ranks served."""
         return {"population": self.population.digest, "ranks": dict(self.spec.ranks)}
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a user should know of the data beside the scores."""
+        return self.population.warnings
+
     def adapters(self) -> Adapters:
         """Writes clients' adapters while they are scored."""
         from fedlora.study.deploy import Adapters  # it needs an experiment

@@ -267,6 +267,8 @@ def deployed(folder: str | Path, client: str | None = None) -> Path:
         return path
     _import_algorithm(path)
     adapters = path / "adapters"
+    if (path / "config.json").exists():  # transformers'
+        raise UserError(f"{path}: a whole (merged) model, no adapter", "load it with transformers: see its README.md")
     if not adapters.is_dir() and not any(path.glob("sites/*/adapters")):
         raise UserError(
             f"{path}: no adapters are there", "name a finished run's folder (`fedlora resume` finishes one)"

@@ -104,6 +104,11 @@ class Host(Writes, Protocol):
         """What answering with each client's most frequent label scores; None where there are no classes."""
         ...
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a user should know of the data beside the scores."""
+        ...
+
     def spent(self) -> tuple[int, Mapping[str, float]]:
         """Client-steps so far, and floating-point operations by client."""
         ...

@@ -65,6 +65,8 @@ def predict(
     model, about, own = opened(deployed(folder, client), models)
     config, backbone = config_of(about), own.to(device=device) if own else rebuilt(about, device)
     stack = stacked(backbone, model)
+    if backbone.kind != "image-classification":
+        _require_text(texts)
     if backbone.kind == "causal-lm":
         examples, units = _prompts(config, backbone, texts)
         return answers(stack, examples, {0: units}, max_new_tokens, TOKENS)[0]
@@ -74,6 +76,16 @@ def predict(
         for row in _allowed(scores(stack, model, inputs), about).softmax(-1).tolist():
             found.append(Prediction(dict(zip(about.labels, row, strict=True))))
     return found
+
+
+def _require_text(texts: Sequence[str]) -> None:
+    """Refuses bytes that are no UTF-8 and halves of characters, which no tokenizer takes."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            problem = f"--text {text[:60]!r}: {text[error.start : error.end]!r} is no character"
+            raise UserError(problem, "give whole characters, in UTF-8") from None
 
 
 def stacked(backbone: Backbone, model: Model) -> Stack:

@@ -57,6 +57,11 @@ class Progress:
         loss = "" if line["loss"] is None else f"  loss {line['loss']:.3f}"
         self._bars.update(self._rounds, completed=line["round"], description=f"round {line['round']}{loss}")
 
+    def warn(self, text: str) -> None:
+        """What a user should know before the first round, above the bars."""
+        if not self._bars.disable:
+            self._bars.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
+
     def say(self, text: str) -> None:
         """What happens after the last round."""
         self._bars.update(self._clients, description=f"  {text}", visible=True)

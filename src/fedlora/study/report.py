@@ -48,7 +48,9 @@ def table(result: Result) -> Group:
         f"sent up {megabytes(sent['up'])}, down {megabytes(sent['down'])}"
         + (f", introductions {megabytes(setup)}" if setup else "")
     )
-    return Group(rows, *_prior(summary), *_missing(result.history), Text(facts), Text(f"wrote {result.folder}"))
+    warnings = [Text(f"warning: {warning}", "yellow") for warning in summary.get("warnings", ())]
+    wrote = Text(f"wrote {result.folder}")
+    return Group(rows, *_prior(summary), *_missing(result.history), *warnings, Text(facts), wrote)
 
 
 def _missing(history: Sequence[Mapping[str, Any]]) -> list[Text]:

@@ -33,9 +33,13 @@ def device_of(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"[engine] device = {name!r}: {error}", 'use "auto", "cpu" or "cuda"') from None
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= found:
+        there = f"of CUDA's devices there {'is' if found == 1 else 'are'} {found or 'none'} here"
+        raise UserError(f"[engine] device = {name!r}: {there}", 'use "auto" or "cpu"' + ', or "cuda"' * bool(found))
     return name
 
 

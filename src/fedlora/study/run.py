@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -20,6 +21,8 @@ from fedlora.study.experiment import Experiment, assemble
 from fedlora.study.host import Adapters, Host
 from fedlora.study.progress import Progress
 from fedlora.study.summary import spread, summarise
+
+log = logging.getLogger(__name__)
 
 Engine = Callable[[Experiment, Mapping[str, Any]], AbstractContextManager[Host]]
 """Who holds an experiment's clients while it runs; also told what was given as objects instead of by name."""
@@ -127,7 +130,7 @@ def proceed(experiment: Host, progress: bool = False) -> Result:
             f"{place}: the data or its split has changed since the run began (its hash differs)",
             "restore the files named in config.toml, or start a new run",
         )
-    (place / "config.toml").write_text(dumps(experiment.config))
+    files.replace(place / "config.toml", dumps(experiment.config))
     files.forget_after(place, -1 if saved is None else int(saved["round"]))
     return _train(experiment, saved, progress)
 
@@ -137,6 +140,9 @@ def _train(experiment: Host, saved: Mapping[str, Any] | None, progress: bool) ->
     config, folder = experiment.config, experiment.folder
     training = config.training
     with Progress(training.rounds, progress) as watched, _resumable(folder):
+        for warning in experiment.warnings:
+            log.warning("%s", warning)
+            watched.warn(warning)
         reports = rounds(
             experiment.algorithm,
             experiment.spec,
@@ -272,6 +278,7 @@ def _summary(experiment: Host, checkpoint: Mapping[str, Any], adapters: Adapters
         "higher_is_better": experiment.metric.higher_is_better,
         **scores,
         **({"class_prior": prior} if prior else {}),
+        "warnings": list(experiment.warnings),
         "unseen": _unseen(experiment, checkpoint),
         "bytes": totals,
         "flops": sum(line.get("flops", 0.0) for line in lines),

@@ -56,7 +56,7 @@ def plan(config: RunConfig, folder: Path, sites: int) -> None:
     terms = terms_of(experiment.config, experiment.population, experiment.backbone)
     divided(experiment, terms, sites)
     (folder / "config.toml").write_text(dumps(experiment.config))
-    Plan(uuid.uuid4().hex, terms, experiment.population.digest, sites).save(folder)
+    Plan(uuid.uuid4().hex, terms, experiment.population.digest, sites, experiment.warnings).save(folder)
 
 
 def resume(folder: str | Path, *, rounds: int | None = None, progress: bool = False) -> Result:

@@ -37,12 +37,13 @@ LIMITS = Limits()
 @dataclass(frozen=True)
 class Plan:
     """What a run folder says of its federation: the run's id, which client memories are filed under; the terms; the
-    hash of the data where one machine divided it; how many sites there must be."""
+    hash of the data where one machine divided it; how many sites there must be; what is to be known of that data."""
 
     run_id: str
     terms: Terms
     digest: str
     sites: int
+    warnings: tuple[str, ...] = ()
 
     def save(self, folder: Path) -> None:
         """Writes it."""
@@ -54,7 +55,13 @@ class Plan:
         found = json.loads((folder / PLAN).read_text())
         terms = found["terms"]
         lists = {name: tuple(terms[name]) for name in ("labels", "fields")}
-        return cls(found["run_id"], Terms(**{**terms, **lists}), found["digest"], found["sites"])
+        return cls(
+            found["run_id"],
+            Terms(**{**terms, **lists}),
+            found["digest"],
+            found["sites"],
+            tuple(found.get("warnings", ())),
+        )
 
 
 class AtSites:
@@ -121,6 +128,11 @@ class Federation:
     def identity(self) -> Mapping[str, Any]:
         """What a checkpoint belongs to."""
         return {"population": self.plan.digest, "ranks": dict(self.spec.ranks)}
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was known of the data where one machine divided it."""
+        return self.plan.warnings
 
     @property
     def class_prior(self) -> Mapping[str, Any] | None:

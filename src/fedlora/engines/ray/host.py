@@ -196,6 +196,11 @@ class RayHost:
         """None: all participants are our own."""
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a user should know of the data beside the scores."""
+        return self.experiment.warnings
+
+    @property
     def class_prior(self) -> Mapping[str, Any] | None:
         """What answering with each client's most frequent label scores."""
         return self.experiment.class_prior

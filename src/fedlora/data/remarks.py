@@ -1,0 +1,43 @@
+"""What a user has given that is not used as it may be meant: shown before a run, and with its result."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from fedlora.data.formats import Part
+from fedlora.data.keys import listed
+from fedlora.data.sources import SPLIT_NAMES, Split, split_of
+
+
+def unheeded(part: Part, split: Split, used: Collection[str]) -> list[str]:
+    """Of a file all of whose rows are taken for one split, though its column `split` says otherwise.
+
+    used: the columns that are read.
+    """
+    if "split" in used or part.folder is None or "split" not in part.table.column_names:
+        return []
+    said = sorted({str(value) for value in part.table["split"].to_pylist() if value is not None})
+    known = {name: SPLIT_NAMES[name.casefold()] for name in said if name.casefold() in SPLIT_NAMES}
+    if len(said) < 2 or not set(known.values()) - {split}:  # rows that `FILE:NAME` took have one name
+        return []
+    remedy = ", ".join(f'{role} = "{part.name}:{name}"' for name, role in known.items())
+    return [f"{part.name}: every row is taken as {split}, whatever its column 'split' says; to heed it: {remedy}"]
+
+
+def unread(parts: Iterable[Part]) -> list[str]:
+    """What lies in a folder that was given and no part has read, by folder."""
+    parts = list(parts)
+    taken = {place for part in parts for place in (Path(part.name), *Path(part.name).parents)}
+    left: defaultdict[Path, dict[str, Path]] = defaultdict(dict)
+    for part in parts:
+        for path in part.unread:
+            if path not in taken:
+                left[path.parent][path.name] = path
+    remarks: list[str] = []
+    for folder, paths in left.items():
+        splits = sorted({split for path in paths.values() if (split := split_of(path))})
+        remedy = "; to read it: " + ", ".join(f'{split} = "{folder}"' for split in splits) if splits else ""
+        remarks.append(f"folder {folder}: not read: {listed(list(paths))}{remedy}")
+    return remarks

@@ -1,0 +1,50 @@
+"""A finished run on other data, and what is no run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedlora.errors import UserError
+from fedlora.study.after import evaluate, personalize
+from fedlora.study.export import export
+from fedlora.study.predict import predict
+from fedlora.study.run import run
+from study import tiny
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of clients that hold few rows each."""
+    folder = tmp_path_factory.mktemp("user")
+    file = tiny.run_file(
+        folder, training="rounds = 1\nsteps = 1\n", data="partition = {clients = 2}\nper_client = 40\n"
+    )
+    return run(file, out=folder / "run").folder
+
+
+def test_all_rows_of_other_data_are_scored(done: Path, tmp_path: Path) -> None:
+    """Also where the run's own clients were cut to some rows."""
+    other = tiny.reviews(tmp_path / "other.jsonl", 120, seed=5)
+    rows = [json.loads(line) for line in other.read_text().splitlines()]
+    said = predict(done, [row["text"] for row in rows])
+    right = sum(str(answer).split()[0] == row["label"] for answer, row in zip(said, rows, strict=True))
+    assert evaluate(done, other)["accuracy"] == pytest.approx(right / len(rows))
+
+
+def test_a_merged_folder_is_for_transformers(done: Path, tmp_path: Path) -> None:
+    folder = export(done, tmp_path / "merged", merge=True)
+    with pytest.raises(UserError, match=r"merged: a whole \(merged\) model, .*\n  -> load it with transf"):
+        predict(folder, ["one pear"])
+
+
+def test_half_characters_are_refused(done: Path) -> None:
+    with pytest.raises(UserError, match=r"--text 'one \\udce4': '\\udce4' is no character"):
+        predict(done, ["one pear", "one \udce4"])
+
+
+def test_a_newcomer_needs_a_name(done: Path) -> None:
+    with pytest.raises(UserError, match=r"--client ' ': a client needs a name"):
+        personalize(done, "other.jsonl", client=" ")
