@@ -144,12 +144,12 @@ def test_hidden_files_and_other_things_are_no_data(tmp_path: Path) -> None:
     for name in ("._a.csv", "~$a.csv", ".~lock.a.csv#", ".hidden.jsonl"):
         _write(tmp_path / name, b"\0\5\26\7mac")
     assert read(tmp_path)["text"][:] == ["a"]
-    for name in ("cat/1.png", "cat/._1.png", "cat/Thumbs.db", ".trash/2.png"):
+    for name in ("cat/1.png", "cat/._1.png", "cat/Thumbs.db", "cat/notes.txt", ".trash/2.png"):
         (tmp_path / "pics" / name).parent.mkdir(parents=True, exist_ok=True)
         _write(tmp_path / "pics" / name, name)
     (found,) = parts(tmp_path / "pics")
     assert found.table["image"].to_pylist() == [str(tmp_path / "pics" / "cat" / "1.png")]
-    assert [path.name for path in found.unread] == ["Thumbs.db"]
+    assert [path.name for path in found.unread] == ["notes.txt"]
 
 
 def test_datasets_saved_to_disk(tmp_path: Path) -> None:

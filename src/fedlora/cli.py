@@ -5,6 +5,7 @@ Heavy libraries are imported inside the commands, so that ``fedlora --help`` ans
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fedlora.errors import UserError
+from fedlora.errors import Interrupted, UserError, refused
 from fedlora.sites import commands
 
 app = typer.Typer(
@@ -212,16 +213,25 @@ def _print_result(result: object) -> None:
 
 def main() -> None:
     """Entry point: mistakes of the user are one message and exit code 1; Ctrl-C says how to go on."""
-    from fedlora.errors import Interrupted
-
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no bars or umlauts shows question marks
+            stream.reconfigure(errors="replace")
     try:
         app()
     except UserError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
+        _fail(error)
     except Interrupted as stop:
         Console(stderr=True).print(f"\n{stop}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(130)
+    except Exception as error:
+        if (problem := refused(error)) is None:
+            raise
+        _fail(UserError(problem, "check the path, the rights there, and the room on its disk"))
+
+
+def _fail(error: UserError) -> None:
+    Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

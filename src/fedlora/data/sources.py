@@ -31,6 +31,7 @@ SPLIT_NAMES: dict[str, Split] = {
     "test": "test",
 }
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_HIDDEN = (".", "~$", "Thumbs.db", "desktop.ini")
 _HUB_ID = re.compile(r"^([\w.-]+(?:/[\w.-]+)?)(?:@([\w.-]+))?$")
 
 
@@ -129,7 +130,7 @@ def _folder(folder: Path, split: Split) -> list[Part]:
 
 def _shown(folder: Path) -> list[Path]:
     """What is in a folder, but for what systems and office programs hide there (._a.csv, ~$a.csv)."""
-    return [path for path in sorted(folder.iterdir()) if not path.name.startswith((".", "~$"))]
+    return [path for path in sorted(folder.iterdir()) if not path.name.startswith(_HIDDEN)]
 
 
 def split_of(path: Path) -> Split | None:

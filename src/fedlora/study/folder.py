@@ -56,7 +56,7 @@ def owned(folder: Path) -> Iterator[None]:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another process is training there", "wait for it or stop it") from None
-        handler = logging.StreamHandler(log)
+        handler = _Lines(log)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logger = logging.getLogger("fedlora")
         logger.addHandler(handler)
@@ -65,6 +65,13 @@ def owned(folder: Path) -> Iterator[None]:
             yield
         finally:
             logger.removeHandler(handler)
+
+
+class _Lines(logging.StreamHandler[Any]):
+    """Lines that a full disk takes no more of: the run itself says so, once."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
 
 
 def discard_empty(folder: Path) -> None:
@@ -106,7 +113,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def replace(path: Path, text: str) -> None:
     """Writes a text file atomically: temporary name, fsync, rename."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

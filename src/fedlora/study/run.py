@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlora.errors import Interrupted, UserError
+from fedlora.errors import Interrupted, UserError, refused
 from fedlora.federation import checkpoint as checkpoints
 from fedlora.federation.rounds import Report, rounds
 from fedlora.federation.spec import Client, stream
@@ -172,7 +172,7 @@ def _train(experiment: Host, saved: Mapping[str, Any] | None, progress: bool) ->
         write_global(experiment, checkpoint, (summary["global"] or {}).get("score"))
         if general := adapters.on_everyone():
             summary["personal"]["on_everyone"] = spread(general, experiment.metric)
-    files.write_json(folder / "summary.json", summary)
+        files.write_json(folder / "summary.json", summary)
     return Result(folder, summary, tuple(files.lines(folder / "metrics.jsonl")))
 
 
@@ -182,6 +182,11 @@ def _resumable(folder: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; go on with: fedlora resume {folder}") from None
+    except Exception as error:
+        if (problem := refused(error)) is None:
+            raise
+        remedy = f"make room or give the right, then go on with: fedlora resume {folder}"
+        raise UserError(f"{folder}: the run stopped: {problem}", remedy) from error
 
 
 @dataclass(frozen=True)
