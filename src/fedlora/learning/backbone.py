@@ -142,8 +142,8 @@ class Backbone:
         if prefix is None:
             return None
         lengths = np.diff(found.starts)
-        rows = inputs["input_ids"].cpu().numpy()
-        texts = [row[:length].tobytes() for row, length in zip(rows, lengths)]
+        read = [value.cpu().numpy() for name, value in inputs.items() if name != "attention_mask"]  # segments too
+        texts = [b"".join(value[row, :length].tobytes() for value in read) for row, length in enumerate(lengths)]
 
         def alone(row: int) -> Tensor:
             own = {name: value[row : row + 1, : int(lengths[row])] for name, value in inputs.items()}
