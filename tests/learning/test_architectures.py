@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from torch import nn
 
 from fedlora.errors import UserError
+from fedlora.federation.orders import Features, Model
+from fedlora.learning.examples import Examples
 from fedlora.learning.loading import load_backbone
 from learning.test_backbone import IDS, MASK, TEXT, features
 from learning.test_packing import outcome
-from learning.worlds import LABELS, VOCAB, bert, seeded
+from learning.worlds import LABELS, VOCAB, bert, learner, run, seeded
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 24, "num_labels": 3}
 TEXTS = {"vocab_size": VOCAB, "pad_token_id": 0}
@@ -109,3 +112,22 @@ def test_windows_beyond_the_end_of_a_text_are_numbers_in_float64(kind: str) -> N
     values, grads = outcome(exact, True)
     assert all(bool(value.isfinite().all()) for value in (values, *grads))
     torch.testing.assert_close(values.float(), outcome(single, True)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_the_last_token_of_a_longer_batch_in_bfloat16_is_the_texts_own() -> None:
+    """Batches of few shapes grow by the token that stands for padding: BLOOM's is 3."""
+    config = transformers.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=2, n_head=2, num_labels=3)
+    config.pad_token_id = 3
+    module = seeded(lambda: transformers.BloomForSequenceClassification(config))
+    lengths = np.array([40, 21, 21, 21])
+    offsets = np.concatenate([[0], lengths.cumsum()])
+    tokens = np.random.default_rng(0).integers(4, VOCAB, offsets[-1]).astype(np.int32)
+    store = Examples(lengths, np.zeros(4, dtype=np.int64), np.arange(5), tokens, offsets, pad=3)
+    base = load_backbone(module, TEXT, labels=LABELS, dtype=torch.bfloat16)
+    executor = learner(base, examples=store, spec=base.spec(2))
+    executor.splits = {"c0": {"fit": np.arange(1, 4)}}
+    found, _ = run(executor, {"c0": Features(Model({}), "fit")})["c0"]
+    with torch.no_grad():
+        ids = torch.from_numpy(tokens[40:].reshape(3, 21)).long()
+        wanted = module.bfloat16().transformer(input_ids=ids).last_hidden_state[:, -1].float()
+    assert float((found - wanted).norm() / wanted.norm()) < 0.02
