@@ -101,6 +101,20 @@ def test_models_that_no_task_suits_are_refused(tmp_path):
 # -- what is read of a configuration
 
 
+def test_a_decoder_that_is_not_causal_sees_whole_texts() -> None:
+    config = transformers.LlamaConfig(**GROUPED)
+    config.is_causal = False  # transformers then makes no causal mask
+    module = seeded(lambda: transformers.LlamaModel(config))
+    base = load_backbone(module, TEXT, labels=LABELS)
+    assert base.packs(IDS.shape[1])
+    assert base.module.config.pooling == "mean"
+    with torch.no_grad():
+        hidden = module(input_ids=IDS, attention_mask=MASK).last_hidden_state
+    torch.testing.assert_close(features(base), torch.stack([hidden[0].mean(0), hidden[1, :2].mean(0)]))
+    with pytest.raises(UserError, match=r"is_causal = false[\s\S]*take is_causal out"):
+        load_backbone(transformers.LlamaForCausalLM(config), "causal-lm")
+
+
 @pytest.mark.parametrize("kind", ["Mistral", "ModernBert"])
 def test_windows_beyond_the_end_of_a_text_are_numbers_in_float64(kind: str) -> None:
     """A row of padding sees padding alone."""

@@ -154,6 +154,12 @@ def require_adaptable(module: nn.Module, source: str) -> None:
 def require_causal(module: nn.Module, source: str) -> None:
     """Refuses an encoder as a language model: where a token sees those that follow, predicting the next is copying."""
     config: Any = getattr(module, "config", None)
+    if not getattr(config, "is_causal", True):  # transformers then masks nothing
+        raise UserError(
+            f"[model] name = {source!r}: its config.json says is_causal = false, and its tokens see those that follow: "
+            "it cannot learn to predict them",
+            "name a decoder (Llama, GPT-2, ...), or take is_causal out of its config.json",
+        )
     masked = getattr(config, "model_type", None) in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if masked and getattr(config, "is_decoder", None) is False:
         raise UserError(
@@ -185,7 +191,8 @@ def classifier_of(module: nn.Module, kind: Kind, labels: Sequence[str], pooling:
 def _pooled(encoder: PreTrainedModel, kind: Kind, labels: Sequence[str], pooling: str) -> PooledClassifier:
     config = encoder.config
     if pooling == "auto" and kind == "text-classification":
-        causal = any(getattr(layer, "is_causal", False) for layer in encoder.modules())
+        layers = any(getattr(layer, "is_causal", False) for layer in encoder.modules())
+        causal = layers and getattr(config, "is_causal", True)
         pooling = "last" if causal else "mean"
     elif pooling == "auto":
         pooling = "pooler" if "clip" in config.model_type else "mean" if hasattr(config, "hidden_sizes") else "cls"
