@@ -98,6 +98,27 @@ def test_models_that_no_task_suits_are_refused(tmp_path):
     load_backbone(transformers.BertLMHeadModel(one_way), "causal-lm")
 
 
+UNFIT: dict[str, dict[str, Any]] = {
+    "Canine": {"downsampling_rate": 4},
+    "ConvBert": {"embedding_size": 16},
+    "FNet": {},
+    "Longformer": {"attention_window": [8, 8]},
+    "MobileBert": {"embedding_size": 16, "intra_bottleneck_size": 16},
+    "Nystromformer": {"num_landmarks": 8, "segment_means_seq_len": 8},
+    "XLNet": {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16},
+    "Yoso": {},
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_models_that_mix_texts_are_refused(name: str) -> None:
+    sizes = {"vocab_size": VOCAB} if name == "XLNet" else {**TEXTS, **SMALL}
+    module = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**sizes, **UNFIT[name]))
+    why = "its layers see tokens before examples" if name in ("Longformer", "XLNet") else "its tokens see padding"
+    with pytest.raises(UserError, match=rf"{name.lower()} cannot be adapted, .*{why}"):
+        load_backbone(module, TEXT, labels=LABELS)
+
+
 # -- what is read of a configuration
 
 

@@ -23,6 +23,14 @@ from fedlora.learning.pooled import PooledClassifier, PooledConfig
 
 Kind = Literal["text-classification", "image-classification", "causal-lm"]
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+UNFIT = {
+    **dict.fromkeys(("longformer", "xlnet"), "its layers see tokens before examples"),
+    **dict.fromkeys(
+        ("canine", "convbert", "fnet", "mobilebert", "nystromformer", "yoso"),
+        "its tokens see padding: what it says of a text would depend on the texts beside it",
+    ),
+}
+"""Types of models that cannot be adapted, and why: of tokens before examples, lanes would meet each other's."""
 _HEAD_NAMES = ("head", "classifier.out_proj", "classifier.1", "classifier", "score", "fc")
 
 
@@ -136,17 +144,17 @@ def two_stacks(source: str, config: Any) -> UserError:
 
 
 def require_adaptable(module: nn.Module, source: str) -> None:
-    """Refuses a model of two stacks, which asks for a second text that no task here has, and XLNet, whose layers see
-    tokens before examples: lanes would meet each other's."""
+    """Refuses a model of two stacks, which asks for a second text that no task here has, and those in ``UNFIT``."""
     if not isinstance(module, PreTrainedModel):
         return
     core: Any = module.encoder if isinstance(module, PooledClassifier) else module.base_model
     both = hasattr(core, "encoder") and hasattr(core, "decoder")  # an encoder saved alone loads with a random decoder
     if both or getattr(core.config, "is_encoder_decoder", False):
         raise two_stacks(source, core.config)
-    if getattr(core.config, "model_type", None) == "xlnet":
+    kind = getattr(core.config, "model_type", None)
+    if kind in UNFIT:
         raise UserError(
-            f"[model] name = {source!r}: xlnet cannot be adapted, its layers see tokens before examples",
+            f"[model] name = {source!r}: {kind} cannot be adapted, {UNFIT[kind]}",
             "name another encoder (BERT, RoBERTa, ...)",
         )
 
