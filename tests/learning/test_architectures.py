@@ -136,6 +136,19 @@ def test_a_decoder_that_is_not_causal_sees_whole_texts() -> None:
         load_backbone(transformers.LlamaForCausalLM(config), "causal-lm")
 
 
+@pytest.mark.parametrize("alibi", [True, False])
+def test_short_texts_meet_the_attention_that_was_loaded(alibi: bool) -> None:
+    """Falcon's own products add ALiBi twice, its SDPA does not."""
+    config = transformers.FalconConfig(**TEXTS, **SMALL, alibi=alibi, multi_query=False)
+    module = seeded(lambda: transformers.FalconForCausalLM(config))
+    base = load_backbone(module, "causal-lm")
+    assert base.switching is not alibi
+    with torch.no_grad():
+        wanted = module(input_ids=IDS, attention_mask=MASK).logits
+        found = base.forward({"input_ids": IDS, "attention_mask": MASK})[1]
+    torch.testing.assert_close(found[MASK.bool()], wanted[MASK.bool()])
+
+
 @pytest.mark.parametrize("kind", ["Mistral", "ModernBert"])
 def test_windows_beyond_the_end_of_a_text_are_numbers_in_float64(kind: str) -> None:
     """A row of padding sees padding alone."""
