@@ -11,12 +11,13 @@ import transformers
 from torch import nn
 
 from fedlora.errors import UserError
-from fedlora.federation.orders import Features, Model
+from fedlora.federation.orders import Features, Fit, Model
 from fedlora.learning.examples import Examples
 from fedlora.learning.loading import load_backbone
+from fedlora.learning.tasks import CausalLM, ImageClassification
 from learning.test_backbone import IDS, MASK, TEXT, features
 from learning.test_packing import outcome
-from learning.worlds import LABELS, VOCAB, bert, learner, run, seeded
+from learning.worlds import LABELS, VOCAB, adapter, bert, distance, examples, learner, run, seeded, splits
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 24, "num_labels": 3}
 TEXTS = {"vocab_size": VOCAB, "pad_token_id": 0}
@@ -179,3 +180,60 @@ def test_the_last_token_of_a_longer_batch_in_bfloat16_is_the_texts_own() -> None
         ids = torch.from_numpy(tokens[40:].reshape(3, 21)).long()
         wanted = module.bfloat16().transformer(input_ids=ids).last_hidden_state[:, -1].float()
     assert float((found - wanted).norm() / wanted.norm()) < 0.02
+
+
+# -- what "auto" adapts
+
+
+RELATIVE = {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]}
+ADAPTED: dict[str, set[str]] = {
+    "deberta": {"in_proj"},
+    "deberta-v2": {"query_proj", "value_proj"},
+    "deberta-v3": {"value_proj"},
+    "llama4": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+    "phimoe": {"q_proj", "k_proj", "v_proj", "o_proj"},
+    "swinv2": {"query", "value"},
+}
+
+
+def adapted(kind: str) -> nn.Module:
+    t = transformers
+    if kind == "deberta":
+        return t.DebertaModel(t.DebertaConfig(**TEXTS, **SMALL, relative_attention=True, pos_att_type=["p2c", "c2p"]))
+    if kind.startswith("deberta"):
+        shared = kind == "deberta-v3"  # as its checkpoints have it
+        return t.DebertaV2Model(t.DebertaV2Config(**TEXTS, **SMALL, **RELATIVE, share_att_key=shared))
+    if kind == "llama4":
+        sizes = {"num_local_experts": 2, "head_dim": 8, "intermediate_size_mlp": 24}
+        return t.Llama4ForCausalLM(t.Llama4TextConfig(**GROUPED, **sizes))
+    if kind == "phimoe":
+        return t.PhimoeForCausalLM(t.PhimoeConfig(**GROUPED, num_local_experts=2))
+    sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2]}
+    return t.Swinv2ForImageClassification(t.Swinv2Config(**sizes, window_size=4, num_labels=3))
+
+
+@pytest.mark.parametrize("kind", ADAPTED)
+def test_what_is_adapted_by_default_trains(kind: str) -> None:
+    """Neither tables of positions, which are no example's, nor routers, which return a choice."""
+    module = seeded(lambda: adapted(kind))
+    task = "image-classification" if kind == "swinv2" else "causal-lm" if ADAPTED[kind] & {"k_proj"} else TEXT
+    base = load_backbone(module, task, labels=() if task == "causal-lm" else LABELS)
+    assert {site.rsplit(".", 1)[1] for site in base.sites} == ADAPTED[kind]
+    count = splits(6)[1]
+    options: dict[str, Any] = {"spec": base.spec(4)}
+    if task == "causal-lm":
+        options |= {"task": CausalLM(), "examples": examples(count, causal=True)}
+    elif kind == "swinv2":
+        pixels = np.random.default_rng(0).integers(0, 255, (count, 16, 16, 3), dtype=np.uint8)
+        prepare = {"pixels": pixels, "prepare": lambda x: x.permute(0, 3, 1, 2).float() / 255}
+        store = Examples(np.full(count, 64), np.zeros(count, dtype=np.int64), np.arange(count + 1), **prepare)
+        options |= {"task": ImageClassification(LABELS), "examples": store}
+    starts = {f"c{k}": adapter(options["spec"], 2, seed=k) for k in range(2)}
+    train = ("A", "B", *(() if task == "causal-lm" else ("head",)))
+    both = [
+        run(learner(base, lanes, **options), {c: Fit(Model(tree), train, steps=2) for c, tree in starts.items()})
+        for lanes in (1, 2)
+    ]
+    for client, start in starts.items():
+        alone, beside = (fits[client].params for fits in both)
+        assert distance(alone, beside) < 1e-3 < distance(alone, start)
