@@ -71,7 +71,8 @@ _MINILM_REMEDY = "pip install 'fedlora[minilm]'"
 
 def stored(bits: int | None, device: torch.device | str) -> dict[str, Any]:
     """How a base's linear layers are stored, as arguments of ``from_pretrained``: as they come, or in 4 bits (NF4:
-    Dettmers et al. 2023, "QLoRA"), heads excepted. UserError where bitsandbytes is not installed."""
+    Dettmers et al. 2023, "QLoRA"), heads and poolers excepted: a checkpoint may have none. UserError where bitsandbytes
+    is not installed."""
     if bits is None:
         return {}
     logger = logging.getLogger("bitsandbytes")
@@ -86,7 +87,7 @@ def stored(bits: int | None, device: torch.device | str) -> dict[str, Any]:
     how = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        llm_int8_skip_modules=["lm_head", "head", "classifier", "score"],
+        llm_int8_skip_modules=["lm_head", "head", "classifier", "score", "pooler"],
     )
     return {"quantization_config": how, "device_map": {"": str(device)}}
 
