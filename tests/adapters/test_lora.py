@@ -222,3 +222,10 @@ def test_a_selection_of_tokens_is_refused():
     layer, plan = LaneLinear(linear(), "s"), Plan(SEGMENTS, {"s": (factors(2, False),)})
     with applied([layer], plan), pytest.raises(UserError, match=r"layer 's' got 7 rows .* 6[\s\S]*\[adapter\] targets"):
         layer(draw(7, IN))
+
+
+def test_a_table_that_is_no_examples_is_refused():
+    layer = LaneLinear(linear(), "s")
+    plan = Plan(SEGMENTS, {"s": (factors(2, False),)})
+    with applied([layer], plan), pytest.raises(UserError, match=r"'s' got 1 row in .* a table of positions, "):
+        layer(draw(1, 9, IN))

@@ -203,30 +203,6 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         load_processor(str(tmp_path))
 
 
-def test_models_that_no_task_suits_are_refused(tmp_path):
-    t5 = transformers.T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    for i, two in enumerate((transformers.T5Model(t5), transformers.T5EncoderModel(t5))):
-        two.save_pretrained(tmp_path / str(i))
-        with pytest.raises(UserError, match="t5 is an encoder-decoder model"):
-            load_backbone(tmp_path / str(i), TEXT, labels=LABELS, processor=object())
-    with pytest.raises(UserError, match="t5 is an encoder-decoder model"):
-        load_backbone(transformers.T5Model(t5), TEXT, labels=LABELS)
-    small = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    bart = transformers.BartConfig(vocab_size=VOCAB, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, **small)
-    transformers.BartForConditionalGeneration(bart).save_pretrained(tmp_path / "bart")
-    with pytest.raises(UserError, match="bart is an encoder-decoder model"):  # its decoder alone would load
-        load_backbone(tmp_path / "bart", "causal-lm", processor=object())
-    load_backbone(transformers.BartForCausalLM(bart), "causal-lm")
-    xlnet = transformers.XLNetConfig(vocab_size=VOCAB, d_model=16, n_layer=1, n_head=2, d_inner=16)
-    with pytest.raises(UserError, match="xlnet cannot be adapted"):
-        load_backbone(transformers.XLNetModel(xlnet), TEXT, labels=LABELS)
-    bert().save_pretrained(tmp_path / "bert")
-    with pytest.raises(UserError, match=r"bert is an encoder[\s\S]*is_decoder = true"):
-        load_backbone(tmp_path / "bert", "causal-lm", processor=object())
-    one_way = transformers.BertConfig(**{**bert().config.to_dict(), "is_decoder": True})
-    load_backbone(transformers.BertLMHeadModel(one_way), "causal-lm")
-
-
 def test_what_cannot_be_padded_is_refused():
     def words(**special):
         vocabulary = tokenizers.models.WordLevel({"a": 0, "b": 1}, "a")
@@ -333,62 +309,3 @@ def test_measuring_runs_a_real_step():
         torch.float32,
         torch.bfloat16,
     )
-
-
-# -- architectures
-
-
-SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 24, "num_labels": 3}
-TEXTS = {"vocab_size": VOCAB, "pad_token_id": 0}
-
-
-def text_models() -> dict[str, nn.Module]:
-    t = transformers
-    gpt2 = {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 2, "num_labels": 3, "pad_token_id": 0}
-    distil = {"vocab_size": VOCAB, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "num_labels": 3}
-    llama = {**TEXTS, **SMALL, "num_key_value_heads": 1}
-    return {
-        "roberta": t.RobertaForSequenceClassification(t.RobertaConfig(**TEXTS, **SMALL, max_position_embeddings=40)),
-        "distilbert": t.DistilBertForSequenceClassification(t.DistilBertConfig(**distil)),
-        "llama": t.LlamaForSequenceClassification(t.LlamaConfig(**llama)),
-        "qwen2": t.Qwen2ForSequenceClassification(t.Qwen2Config(**llama)),
-        "gpt2": t.GPT2ForSequenceClassification(t.GPT2Config(**gpt2)),
-    }
-
-
-def image_models() -> dict[str, nn.Module]:
-    t = transformers
-    resnet = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3}
-    return {
-        "vit": t.ViTForImageClassification(t.ViTConfig(**SMALL, image_size=8, patch_size=4)),
-        "resnet": t.ResNetForImageClassification(t.ResNetConfig(**resnet)),
-        "clip": t.CLIPVisionModel(t.CLIPVisionConfig(**SMALL, image_size=8, patch_size=4)),
-    }
-
-
-@pytest.mark.parametrize("name", ["roberta", "distilbert", "llama", "qwen2", "gpt2"])
-def test_text_classifiers_say_what_they_said_through_their_own_head(name):
-    module = seeded(lambda: text_models()[name])
-    base = load_backbone(module, TEXT, labels=LABELS)
-    with torch.no_grad():
-        wanted = module(input_ids=IDS, attention_mask=MASK).logits
-    start = base.spec(2).start(0)
-    found = torch.nn.functional.linear(features(base), start["head/weight"], start.get("head/bias"))
-    torch.testing.assert_close(found, wanted)
-    assert base.sites
-
-
-@pytest.mark.parametrize("name", ["vit", "resnet", "clip"])
-def test_image_classifiers_and_encoders(name):
-    module = seeded(lambda: image_models()[name])
-    base = load_backbone(module, "image-classification", labels=LABELS, adapt=name != "resnet")
-    pixels = torch.randn(2, 3, 8, 8)
-    with torch.no_grad():
-        found, _ = base.forward({"pixel_values": pixels})
-        start = base.spec(2).start(0)
-        if name == "clip":
-            wanted, found = module(pixel_values=pixels).pooler_output, found
-        else:
-            wanted = module(pixel_values=pixels).logits
-            found = torch.nn.functional.linear(found, start["head/weight"], start["head/bias"])
-    torch.testing.assert_close(found, wanted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fedlora.federation.orders import Features, Fit, Model, Optimizer, Score, Tuned
@@ -14,7 +15,7 @@ from fedlora.learning.examples import Examples
 from fedlora.learning.flops import Counter, Meter
 from fedlora.learning.loading import load_backbone
 from fedlora.learning.tasks import CausalLM, ImageClassification
-from learning.worlds import RANKS, adapter, backbone, distance, examples, learner, run, spec_of, splits
+from learning.worlds import RANKS, adapter, backbone, distance, examples, learner, run, seeded, spec_of, splits
 
 aten = torch.ops.aten
 ON_CPUS = {  # torch's counter does not know them
@@ -108,6 +109,24 @@ def test_fused_attention_is_counted_like_its_products() -> None:
     with Counter() as back:
         torch.autograd.grad(out.sum(), (q, k, v))
     assert 2 * fused.total <= back.total <= 2.5 * fused.total  # the scores are computed again
+
+
+def test_experts_in_one_product_are_counted_like_one_after_another() -> None:
+    config = transformers.MixtralConfig(
+        vocab_size=60, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64,
+    )  # fmt: skip
+    model = seeded(lambda: transformers.MixtralModel(config))
+    counts: list[tuple[int, int]] = []
+    for how in ("eager", "grouped_mm"):
+        model.config._experts_implementation = how
+        with Counter() as forward:
+            out = model(input_ids=torch.arange(60).view(2, 30), use_cache=False).last_hidden_state
+        with Counter() as back:
+            torch.autograd.grad(out.sum(), list(model.parameters()), allow_unused=True)
+        counts.append((forward.total, back.total))
+    assert counts[0] == counts[1]
+    assert counts[0][0] > 2 * 60 * 2 * 3 * 24 * 40 * 2  # two layers, two experts for each of 60 tokens, three products
 
 
 def test_a_cnn_by_hand() -> None:

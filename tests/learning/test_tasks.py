@@ -60,13 +60,31 @@ def test_texts_and_labels(tokenizer):
     task = TextClassification(("a", "b"), text="body", label="kind", max_length=12)
     store = task.encode(table, tokenizer)
     for i, text in enumerate(TEXTS):
-        assert unit(store, i) == tokenizer(text)["input_ids"][:12]
+        assert unit(store, i) == (tokenizer(text)["input_ids"][:12] or [tokenizer.pad_token_id])
     assert store.labels.tolist() == [1, 0, 1, 1]
     inputs, labels = task.collate(store, np.array([2, 3]))
     assert inputs["input_ids"].shape == (2, 12)
     assert inputs["attention_mask"].sum(1).tolist() == [len(unit(store, 2)), 12]
     assert (inputs["input_ids"][0, len(unit(store, 2)) :] == tokenizer.pad_token_id).all()
     assert labels.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("columns", ["p", ("p", "q")])
+def test_a_text_without_tokens_is_one_of_padding(tokenizer, columns):
+    """And has a result like any other."""
+    table = datasets.Dataset.from_dict({"p": ["", "short", "", ""], "q": ["", "one", "", ""], "label": ["x"] * 4})
+    task = TextClassification(("x",), text=columns)
+    store = task.encode(table, tokenizer)
+    assert [unit(store, i) for i in (0, 2, 3)] == [[tokenizer.pad_token_id]] * 3
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, pad_token_id=0
+    )
+    module = seeded(lambda: transformers.LlamaModel(config))
+    base = load_backbone(module, "text-classification", labels=("x",), processor=tokenizer)
+    rows = {"empty": {"test": np.array([0, 2])}, "both": {"test": np.arange(3)}}
+    executor = Learner({"base": base}, task, store, rows, base.spec(2), 0)
+    scores = run(executor, {client: Score(Model({}), "test") for client in rows})
+    assert [scores[client]["accuracy"] for client in rows] == [(2.0, 2.0), (3.0, 3.0)]
 
 
 def test_a_thousand_and_one_rows_are_tokenised_in_slices(tokenizer):

@@ -50,6 +50,18 @@ def test_layers_are_packed_and_heads_are_not(tmp_path: Path) -> None:
     assert base.fingerprint != whole.fingerprint
 
 
+def test_what_a_checkpoint_lacks_is_not_packed(tmp_path: Path) -> None:
+    """A masked language model has no pooler, and the encoder's starts at random."""
+    config = transformers.RobertaConfig(
+        vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, pad_token_id=1
+    )
+    tiny._saved(transformers.RobertaForMaskedLM, config, tmp_path / "masked")
+    base = load_backbone(tmp_path / "masked", "text-classification", labels=("fruit", "tools"), bits=4)
+    assert all(type(site.base) is bitsandbytes.nn.Linear4bit for site in base.sites.values())
+    ids = torch.arange(5, 29).view(4, 6)
+    assert bool(base.forward({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0].isfinite().all())
+
+
 def test_gradients_are_those_of_the_unpacked_weights(tmp_path: Path) -> None:
     """Dequantised weights in a plain base give the same adapter, to float32's rounding: lanes, scoring in between."""
     plain = fedlora.run(four_bits(tmp_path, training="rounds = 2\nsteps = 4\nlr = 0.01\n"), out=tmp_path / "packed")

@@ -206,3 +206,16 @@ def test_texts_longer_than_a_model_has_places_for(tmp_path: Path) -> None:
     assert endless.max_position_embeddings == -1
     private = load_backbone(transformers.XLNetModel(endless), "text-classification", labels=("a", "b"), adapt=False)
     assert max_length(load(file), private) == 128
+
+
+@pytest.mark.parametrize("kind", ["CTRL", "CodeGen", "GPTJ", "OpenAIGPT"])
+def test_models_whose_places_are_computed_beforehand_have_an_end(tmp_path: Path, kind: str) -> None:
+    sizes = {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    own = {"CTRL": {"dff": 16}, "CodeGen": {"rotary_dim": 4, "n_head": 4}, "GPTJ": {"rotary_dim": 4}}.get(kind, {})
+    config = getattr(transformers, f"{kind}Config")(**{**sizes, **own})
+    name = f"{kind}ForCausalLM" if kind in ("CodeGen", "GPTJ") else f"{kind}LMHeadModel"
+    base = load_backbone(getattr(transformers, name)(config), "causal-lm")
+    file = instructions(tmp_path)
+    assert max_length(load(file), base) == 64
+    with pytest.raises(UserError, match=r"max_length = 65: .* has places for 64 tokens"):
+        max_length(load(file, ["data.max_length=65"]), base)

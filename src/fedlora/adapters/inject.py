@@ -19,7 +19,8 @@ AUTO: Mapping[str, tuple[str, ...]] = {
         ("bert", "roberta", "xlm-roberta", "camembert", "electra", "vit", "deit", "beit", "dinov2", "data2vec-text"),
         _BERT,
     ),
-    **dict.fromkeys(("deberta", "deberta-v2"), ("query_proj", "value_proj")),
+    "deberta": ("in_proj",),
+    "deberta-v2": ("query_proj", "value_proj"),
     "distilbert": ("q_lin", "v_lin"),
     "mpnet": ("q", "v"),
     "modernbert": ("Wqkv", "Wo"),
@@ -44,6 +45,7 @@ AUTO: Mapping[str, tuple[str, ...]] = {
     "gpt_neox": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
     "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
     **dict.fromkeys(("clip", "clip_vision_model", "siglip", "siglip_vision_model"), ("q_proj", "v_proj")),
+    "swinv2": ("query", "value"),
 }
 """What ``targets = "auto"`` means, by the model's type; any other type: every linear layer but the head."""
 _HEADS = ("lm_head", "classifier", "score", "head", "embed_out", "pre_classifier", "out_head")
@@ -103,7 +105,10 @@ def auto(model: nn.Module) -> tuple[str, ...] | None:
     inner: Any = getattr(config, "encoder", None)
     if getattr(inner, "model_type", None):
         config = inner
-    return AUTO.get(str(getattr(config, "model_type", "")))
+    kind = str(getattr(config, "model_type", ""))
+    if kind == "deberta-v2" and getattr(config, "share_att_key", False):
+        return ("value_proj",)  # queries and keys read the table of positions too, which is no example's
+    return AUTO.get(kind)
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -173,6 +178,8 @@ def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _linear_like(module: nn.Module) -> bool:
     if isinstance(module, LaneLinear) or not hasattr(module, "weight"):
+        return False
+    if "router" in type(module).__name__.lower():  # of experts: some are nn.Linear by type, and return a choice
         return False
     try:
         sizes(module)

@@ -316,9 +316,12 @@ def _lowrank(y: Tensor | nn.Linear, x: Tensor, slot: Factors, plan: Plan) -> Ten
 def _rows(x: Tensor, plan: Plan, site: str) -> Tensor:
     """x as (rows, tokens, in): some layers see tokens of all rows in one dimension."""
     if x.shape[0] != plan.rows and x.shape[0] % plan.rows:
+        got, what = f"{x.shape[0]} rows", "a selection of tokens (mixture-of-experts routing)"
+        if x.shape[0] == 1:
+            got, what = "1 row", "a table of positions, which is no example's,"
         raise UserError(
-            f"the adapted layer {site!r} got {x.shape[0]} rows in a batch of {plan.rows} examples: layers that see a "
-            "selection of tokens (mixture-of-experts routing) cannot be adapted",
+            f"the adapted layer {site!r} got {got} in a batch of {plan.rows} examples: layers that see {what} "
+            "cannot be adapted",
             "name other layers in [adapter] targets, for example those of the attention",
         )
     return x.reshape(plan.rows, -1, x.shape[-1])

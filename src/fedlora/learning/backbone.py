@@ -142,8 +142,8 @@ class Backbone:
         if prefix is None:
             return None
         lengths = np.diff(found.starts)
-        rows = inputs["input_ids"].cpu().numpy()
-        texts = [row[:length].tobytes() for row, length in zip(rows, lengths)]
+        read = [value.cpu().numpy() for name, value in inputs.items() if name != "attention_mask"]  # segments too
+        texts = [b"".join(value[row, :length].tobytes() for value in read) for row, length in enumerate(lengths)]
 
         def alone(row: int) -> Tensor:
             own = {name: value[row : row + 1, : int(lengths[row])] for name, value in inputs.items()}
@@ -170,8 +170,11 @@ class Backbone:
         return min(most, self._stack.window)
 
     def short(self, longest: int) -> bool:
-        """Whether padded sequences of this length are attended to by plain products: on a CPU, where SDPA is slower."""
-        return self.device.type == "cpu" and longest < LONG.get(self.dtype, 0)
+        """Whether padded sequences of this length are attended to by plain products: on a CPU, where SDPA is slower.
+        Never in float64: what masks there is beyond float32, in which models' own products compute their weights, and
+        a row of masks alone would be no number."""
+        wide = self.dtype == torch.float64
+        return self.device.type == "cpu" and not wide and longest < LONG.get(self.dtype, 0)
 
     @property
     def by_ends(self) -> bool:

@@ -202,18 +202,22 @@ class Steady:
         least = (many * lengths).argmin(0, keepdims=True)  # the shortest of equals
         return np.take_along_axis(many, least, 0)[0], np.take_along_axis(lengths, least, 0)[0]
 
-    def grown(self, inputs: dict[str, Tensor], labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """A batch of such a shape. Labels grow in length only: what is added has none.
+    def grown(self, inputs: dict[str, Tensor], labels: Tensor, pad: int) -> tuple[dict[str, Tensor], Tensor]:
+        """A batch of such a shape. Labels grow in length only: what is added has none. ``pad``: the token that is
+        added, by which some models find the last one of a text.
 
         >>> ids = torch.ones(3, 5, dtype=torch.int64)
-        >>> grown, labels = Steady(40).grown({"input_ids": ids, "attention_mask": ids}, torch.tensor([0, 1, 2]))
+        >>> grown, labels = Steady(40).grown({"input_ids": ids, "attention_mask": ids}, torch.tensor([0, 1, 2]), 7)
         >>> grown["input_ids"].shape, int(grown["attention_mask"].sum()), len(labels)
         (torch.Size([8, 8]), 20, 3)
+        >>> grown["input_ids"][0].tolist()
+        [1, 1, 1, 1, 1, 7, 7, 7]
         """
         rows, length = inputs["attention_mask"].shape
         wanted = self.shape(rows, length)
         more, longer = int(wanted[0]) - rows, int(wanted[1]) - length
-        grown = {name: functional.pad(value, (0, longer, 0, more)) for name, value in inputs.items()}
+        fill = {"input_ids": pad}
+        grown = {n: functional.pad(v, (0, longer, 0, more), value=fill.get(n, 0)) for n, v in inputs.items()}
         grown["attention_mask"][rows:, 0] = 1  # attention to nothing at all is not a number
         return grown, functional.pad(labels, (0, longer), value=-100) if labels.dim() == 2 else labels
 

@@ -33,9 +33,16 @@ def _prepacked(x: Tensor, *rest: Any, out_val: Tensor, **named: Any) -> int:
     return 2 * x.numel() * out_val.shape[-1]
 
 
+def _grouped(x: Tensor, weights: Tensor, *rest: Any, **named: Any) -> int:
+    """Experts' products: groups of the rows (or, for weights' gradients, of the inner size) by a matrix each."""
+    both = x.shape[0] if x.dim() == weights.dim() == 3 else 1
+    return 2 * both * x.shape[-2] * x.shape[-1] * weights.shape[-1]
+
+
 OWN: dict[Any, Any] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,  # which torch's own counter leaves out
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    **({aten._grouped_mm: _grouped} if hasattr(aten, "_grouped_mm") else {}),
     **({mkldnn._linear_pointwise: _prepacked} if hasattr(mkldnn, "_linear_pointwise") else {}),
 }
 FORMULAS: Mapping[Any, Any] = ChainMap(OWN, untyped.flop_registry)

@@ -354,7 +354,7 @@ class Learner:
         inputs, labels = self.task.collate(self.store(name), group.units)
         longest = int(self.store(name).lengths[group.units].max())
         if (steady := self.steady(backbone, name, longest)) is not None:
-            inputs, labels = steady.grown(dict(inputs), labels)
+            inputs, labels = steady.grown(dict(inputs), labels, self.store(name).pad)
         return to_device(inputs, backbone.device, backbone.dtype), labels.to(backbone.device)
 
 

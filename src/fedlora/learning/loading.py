@@ -79,7 +79,14 @@ def load_backbone(
     settle_padding(module, processor)
     move(module, dtype, device)
     chosen = select(module, targets, layers, path or None) if adapt else {}
-    switching = all(getattr(m, "_supports_sdpa", False) for m in module.modules() if isinstance(m, PreTrainedModel))
-    known = isinstance(module, PreTrainedModel) and module.config._attn_implementation in ("eager", "sdpa")
-    sites, switching = inject(module, chosen), switching and known
+    sites, switching = inject(module, chosen), switches(module)
     return Backbone(module, kind, sites, head, path, fits, processor, source, tuple(labels), switching)
+
+
+def switches(module: nn.Module) -> bool:
+    """Whether a model computes the same by SDPA as by plain products, so that a pass may take what is faster."""
+    models = [m for m in module.modules() if isinstance(m, PreTrainedModel)]
+    if not isinstance(module, PreTrainedModel) or module.config._attn_implementation not in ("eager", "sdpa"):
+        return False
+    twice = any(m.config.model_type == "falcon" and m.config.alibi for m in models)  # eager products add ALiBi twice
+    return not twice and all(getattr(m, "_supports_sdpa", False) for m in models)

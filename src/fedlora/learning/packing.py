@@ -315,7 +315,8 @@ def _attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    causal = bool(getattr(module, "is_causal", False))
+    config = getattr(module, "config", None)
+    causal = bool(getattr(module, "is_causal", False) and getattr(config, "is_causal", True))  # as its masks have it
     query, key, value = (x.squeeze(2) for x in (query, key, value))
     return packing.attention.attend(query, key, value, scaling, causal).unsqueeze(1), None
 

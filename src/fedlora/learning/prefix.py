@@ -19,7 +19,8 @@ Alone = Callable[[int], Tensor]
 
 @dataclass(eq=False)
 class Prefix:
-    """Hidden states before layer ``depth`` by the text's tokens, in at most ``limit`` bytes; the oldest stay.
+    """Hidden states before layer ``depth`` by the text's tokens and segments, in at most ``limit`` bytes; the oldest
+    stay.
 
     >>> import torch
     >>> prefix = Prefix(depth=1, limit=16)

@@ -23,6 +23,14 @@ from fedlora.learning.pooled import PooledClassifier, PooledConfig
 
 Kind = Literal["text-classification", "image-classification", "causal-lm"]
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+UNFIT = {
+    **dict.fromkeys(("longformer", "xlnet"), "its layers see tokens before examples"),
+    **dict.fromkeys(
+        ("canine", "convbert", "fnet", "mobilebert", "nystromformer", "yoso"),
+        "its tokens see padding: what it says of a text would depend on the texts beside it",
+    ),
+}
+"""Types of models that cannot be adapted, and why: of tokens before examples, lanes would meet each other's."""
 _HEAD_NAMES = ("head", "classifier.out_proj", "classifier.1", "classifier", "score", "fc")
 
 
@@ -63,7 +71,8 @@ _MINILM_REMEDY = "pip install 'fedlora[minilm]'"
 
 def stored(bits: int | None, device: torch.device | str) -> dict[str, Any]:
     """How a base's linear layers are stored, as arguments of ``from_pretrained``: as they come, or in 4 bits (NF4:
-    Dettmers et al. 2023, "QLoRA"), heads excepted. UserError where bitsandbytes is not installed."""
+    Dettmers et al. 2023, "QLoRA"), heads and poolers excepted: a checkpoint may have none. UserError where bitsandbytes
+    is not installed."""
     if bits is None:
         return {}
     logger = logging.getLogger("bitsandbytes")
@@ -78,7 +87,7 @@ def stored(bits: int | None, device: torch.device | str) -> dict[str, Any]:
     how = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        llm_int8_skip_modules=["lm_head", "head", "classifier", "score"],
+        llm_int8_skip_modules=["lm_head", "head", "classifier", "score", "pooler"],
     )
     return {"quantization_config": how, "device_map": {"": str(device)}}
 
@@ -136,17 +145,17 @@ def two_stacks(source: str, config: Any) -> UserError:
 
 
 def require_adaptable(module: nn.Module, source: str) -> None:
-    """Refuses a model of two stacks, which asks for a second text that no task here has, and XLNet, whose layers see
-    tokens before examples: lanes would meet each other's."""
+    """Refuses a model of two stacks, which asks for a second text that no task here has, and those in ``UNFIT``."""
     if not isinstance(module, PreTrainedModel):
         return
     core: Any = module.encoder if isinstance(module, PooledClassifier) else module.base_model
     both = hasattr(core, "encoder") and hasattr(core, "decoder")  # an encoder saved alone loads with a random decoder
     if both or getattr(core.config, "is_encoder_decoder", False):
         raise two_stacks(source, core.config)
-    if getattr(core.config, "model_type", None) == "xlnet":
+    kind = getattr(core.config, "model_type", None)
+    if kind in UNFIT:
         raise UserError(
-            f"[model] name = {source!r}: xlnet cannot be adapted, its layers see tokens before examples",
+            f"[model] name = {source!r}: {kind} cannot be adapted, {UNFIT[kind]}",
             "name another encoder (BERT, RoBERTa, ...)",
         )
 
@@ -154,6 +163,12 @@ def require_adaptable(module: nn.Module, source: str) -> None:
 def require_causal(module: nn.Module, source: str) -> None:
     """Refuses an encoder as a language model: where a token sees those that follow, predicting the next is copying."""
     config: Any = getattr(module, "config", None)
+    if not getattr(config, "is_causal", True):  # transformers then masks nothing
+        raise UserError(
+            f"[model] name = {source!r}: its config.json says is_causal = false, and its tokens see those that follow: "
+            "it cannot learn to predict them",
+            "name a decoder (Llama, GPT-2, ...), or take is_causal out of its config.json",
+        )
     masked = getattr(config, "model_type", None) in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if masked and getattr(config, "is_decoder", None) is False:
         raise UserError(
@@ -185,7 +200,8 @@ def classifier_of(module: nn.Module, kind: Kind, labels: Sequence[str], pooling:
 def _pooled(encoder: PreTrainedModel, kind: Kind, labels: Sequence[str], pooling: str) -> PooledClassifier:
     config = encoder.config
     if pooling == "auto" and kind == "text-classification":
-        causal = any(getattr(layer, "is_causal", False) for layer in encoder.modules())
+        layers = any(getattr(layer, "is_causal", False) for layer in encoder.modules())
+        causal = layers and getattr(config, "is_causal", True)
         pooling = "last" if causal else "mean"
     elif pooling == "auto":
         pooling = "pooler" if "clip" in config.model_type else "mean" if hasattr(config, "hidden_sizes") else "cls"

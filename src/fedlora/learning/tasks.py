@@ -69,14 +69,16 @@ class TextClassification:
         )
 
     def _tokenised(self, part: Any, columns: Sequence[str], processor: Any) -> Any:
-        """Some rows of the columns as the tokenizer gives them."""
-        return processor(
+        """Some rows of the columns as the tokenizer gives them; padding for a text without any token."""
+        found = processor(
             *([str(value) for value in part[column]] for column in columns),
             truncation=True,
             max_length=self.max_length,
             return_attention_mask=False,  # a third of the time, for what follows from the lengths
             return_token_type_ids=len(columns) == 2 or None,
         )
+        pad = {"input_ids": processor.pad_token_id}
+        return {name: [row or [pad.get(name, 0)] for row in rows] for name, rows in found.items()}
 
     def collate(self, examples: Examples, units: np.ndarray) -> tuple[Inputs, Tensor]:
         inputs = {"input_ids": examples.padded(units), "attention_mask": examples.mask(units)}

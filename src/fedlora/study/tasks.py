@@ -33,7 +33,7 @@ def max_length(config: RunConfig, backbone: Backbone) -> int:
     room, stated = positions(backbone), config.data.max_length
     if stated is None:
         return min(LONGEST[config.model.task], room or LONGEST[config.model.task])
-    if room is not None and stated > room and tables(backbone):  # positions that are computed have no end
+    if room is not None and stated > room and placed(backbone):  # positions that are computed as needed have no end
         raise UserError(
             f"[data] max_length = {stated}: {backbone.name} has places for {room} tokens",
             f"set it to at most {room}, or leave it out",
@@ -55,8 +55,15 @@ def positions(backbone: Backbone) -> int | None:
     return found - max(before, default=0)
 
 
+PLACES = ("position_embeddings", "embed_positions", "positions_embed", "pos_encoding", "wpe")
+
+
 def tables(backbone: Backbone) -> list[nn.Embedding]:
     """The model's tables of learnt positions."""
     named = backbone.module.named_modules()
-    names = ("position_embeddings", "embed_positions", "wpe")
-    return [layer for path, layer in named if path.endswith(names) and isinstance(layer, nn.Embedding)]
+    return [layer for path, layer in named if path.endswith(PLACES) and isinstance(layer, nn.Embedding)]
+
+
+def placed(backbone: Backbone) -> bool:
+    """Whether a model has a table of positions, learnt or computed beforehand (GPT-J's, CTRL's)."""
+    return bool(tables(backbone)) or any(path.endswith(PLACES) for path, _ in backbone.module.named_buffers())
