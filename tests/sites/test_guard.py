@@ -154,7 +154,8 @@ def test_what_may_leave() -> None:
     assert outgoing(allowed(), good) is None
     assert "holds head" in str(outgoing(allowed(upload=["adapter"]), good))
     assert "holds backbone" in str(outgoing(allowed(), reply(backbone__w=torch.zeros(1))))
-    assert "holds statistics" in str(outgoing(allowed(upload=["adapter"]), reply(extra__A=torch.zeros(1))))
+    assert "holds statistics" in str(outgoing(allowed(upload=["adapter"]), reply(extra__share=torch.zeros(1))))
+    assert "holds adapter" in str(outgoing(allowed(upload=["statistics"]), reply(extra__A=torch.zeros(1))))
     exact = len(encode(dict(good.update.arrays)))  # type: ignore[union-attr]
     assert outgoing(allowed(bytes=exact), good) is None
     assert f"has {exact:,} bytes" in str(outgoing(allowed(bytes=exact - 1), good))

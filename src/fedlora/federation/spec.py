@@ -54,7 +54,6 @@ class ModelSpec:
     alpha: float = 8.0
     scaling: Literal["shared", "per-rank"] = "shared"
     dtype: torch.dtype = torch.float32
-    fingerprint: str = ""
     pretrained: Tree = field(default_factory=dict[str, Tensor], compare=False)
 
     def scale(self, site: str, rank: int) -> Tensor:

@@ -21,16 +21,13 @@ from fedlora.errors import UserError
 from fedlora.learning.cnn import CNN, PIXELS, WIDTHS, CNNConfig
 from fedlora.learning.pooled import PooledClassifier, PooledConfig
 
+log = logging.getLogger(__name__)
 Kind = Literal["text-classification", "image-classification", "causal-lm"]
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-UNFIT = {
-    **dict.fromkeys(("longformer", "xlnet"), "its layers see tokens before examples"),
-    **dict.fromkeys(
-        ("canine", "convbert", "fnet", "mobilebert", "nystromformer", "yoso"),
-        "its tokens see padding: what it says of a text would depend on the texts beside it",
-    ),
-}
-"""Types of models that cannot be adapted, and why: of tokens before examples, lanes would meet each other's."""
+TOKENS_FIRST = ("longformer", "xlnet")
+"""Types of models whose layers see tokens before examples: lanes would meet each other's."""
+SEE_PADDING = ("canine", "convbert", "fnet", "mobilebert", "nystromformer", "yoso")
+"""Types of models whose tokens see padding."""
 _HEAD_NAMES = ("head", "classifier.out_proj", "classifier.1", "classifier", "score", "fc")
 
 
@@ -145,7 +142,8 @@ def two_stacks(source: str, config: Any) -> UserError:
 
 
 def require_adaptable(module: nn.Module, source: str) -> None:
-    """Refuses a model of two stacks, which asks for a second text that no task here has, and those in ``UNFIT``."""
+    """Refuses a model of two stacks, which asks for a second text that no task here has, and models whose tokens
+    cannot be told apart by example; warns of those that padding changes."""
     if not isinstance(module, PreTrainedModel):
         return
     core: Any = module.encoder if isinstance(module, PooledClassifier) else module.base_model
@@ -153,10 +151,17 @@ def require_adaptable(module: nn.Module, source: str) -> None:
     if both or getattr(core.config, "is_encoder_decoder", False):
         raise two_stacks(source, core.config)
     kind = getattr(core.config, "model_type", None)
-    if kind in UNFIT:
+    if kind in TOKENS_FIRST:
         raise UserError(
-            f"[model] name = {source!r}: {kind} cannot be adapted, {UNFIT[kind]}",
+            f"[model] name = {source!r}: {kind} cannot be adapted, its layers see tokens before examples",
             "name another encoder (BERT, RoBERTa, ...)",
+        )
+    if kind in SEE_PADDING:
+        log.warning(
+            "[model] name = %r: tokens of %s see padding, so what it says of a text depends on the texts beside it, "
+            "and numbers on [engine] lanes and tokens",
+            source,
+            kind,
         )
 
 
