@@ -43,7 +43,7 @@ class ModelSpec:
     heads, norms and embeddings that may train; ``pretrained`` holds the values of those that the base brings along (the
     others start from a seeded draw), and the factors of an adapter that a run starts from. ``labels`` is the label
     space (empty for language modelling), ``width`` that of the pooled representation. ``alpha`` is alpha at the largest
-    rank served. ``fingerprint`` covers base weights, tokenizer and template, and is compared at the handshake.
+    rank served.
     """
 
     sites: Mapping[str, tuple[int, int]]

@@ -299,23 +299,18 @@ class Backbone:
             alpha=float(max(largest.values(), default=1) if alpha is None else alpha),
             scaling=scaling,
             dtype=dtype,
-            fingerprint=self.fingerprint,
             pretrained={name: value.to(dtype) for name, value in values.items()},
         )
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the base weights (rounded to bfloat16, so that it does not depend on the compute type), the
-        tokenizer's vocabulary and the chat template."""
+        """SHA-256 of the base weights, rounded to bfloat16: it does not depend on the type that is computed in."""
         digest = hashlib.sha256()
         for path in sorted(self._actual):
             value = self.parameter(path)
             digest.update(f"{path}{tuple(value.shape)}".encode())
             rounded = value.to("cpu", torch.bfloat16) if value.is_floating_point() else value.cpu()
             digest.update(rounded.contiguous().view(torch.uint8).numpy().data)
-        if hasattr(self.processor, "get_vocab"):
-            digest.update(repr(sorted(self.processor.get_vocab().items())).encode())
-            digest.update(repr(getattr(self.processor, "chat_template", None)).encode())
         return digest.hexdigest()
 
     def plain(self, values: Tree | None = None) -> nn.Module:
