@@ -8,8 +8,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 import fedlora
 from fedlora.data.keys import listed
 from fedlora.federation.algorithm import Algorithm

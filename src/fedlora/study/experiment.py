@@ -193,13 +193,11 @@ def assemble(
     which never train and have these ranks by site and the model ``backbone_of`` (None: the first). ``population`` and
     ``terms``: some clients of a federation, in one of its sites.
     """
-    kind = config.model.task
-    strange = largest is not None
     if population is None and clients is None:
-        population = build(config.data, kind)
+        population = build(config.data, config.model.task)
     elif population is None:
         assert clients is not None
-        population = from_datasets(clients, config.data, kind, strangers=strange)
+        population = from_datasets(clients, config.data, config.model.task, strangers=largest is not None)
     algorithm = algorithms.build(config)
     private.require_suitable(config, algorithm)
     backbone = base_of(config, population.labels, (models or {}).get(config.model.name) if model is None else model)
@@ -215,11 +213,7 @@ def assemble(
     spec = specified(config, algorithm, backbone, terms)
     config = resolved(config, algorithm, population, backbone, task, examples, spec)
     for one in backbones.values():
-        one.to(DTYPES[config.model.dtype]).remember(config.engine.prefix)
-        if config.engine.checkpointing:
-            one.checkpoint()
-        if config.engine.prepack:
-            one.prepacked = prepacks(one.module)
+        _prepare(one, config)
     lanes = int(config.engine.lanes)
     owned = Validated(population.clients, config.data.seed) if config.training.validate_rounds else population.clients
     members, splits, strangers = _members(algorithm, population, owned, examples, terms)
@@ -243,6 +237,15 @@ def assemble(
         algorithm, spec, learner, members, learner.facts, config.seed, lanes, store, strangers=frozenset(strangers)
     )
     return Experiment(config, folder, population, backbone, task, examples, spec, algorithm, learner, fleet)
+
+
+def _prepare(backbone: Backbone, config: RunConfig) -> None:
+    """Type, prefix, checkpointing and packed weights as the resolved configuration has them."""
+    backbone.to(DTYPES[config.model.dtype]).remember(config.engine.prefix)
+    if config.engine.checkpointing:
+        backbone.checkpoint()
+    if config.engine.prepack:
+        backbone.prepacked = prepacks(backbone.module)
 
 
 def base_of(config: RunConfig, labels: Sequence[str], model: Any = None) -> Backbone:
