@@ -131,6 +131,14 @@ def test_a_site_that_cannot_take_part_says_why(
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize("algorithm", ["fdlora", "fedit"])
+def test_a_rank_that_the_algorithm_cannot_serve_is_refused_before_the_first_round(
+    models: Path, tmp_path: Path, algorithm: str
+) -> None:
+    with pytest.raises(UserError, match=r"ranks must be equal, but client 'north' has rank 4 at .* the server 8"):
+        ready(site(tmp_path / "s", resources={"rank": 4}), said(models, algorithm))
+
+
 def test_a_model_that_does_not_load_is_refused_with_a_reason(models: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()

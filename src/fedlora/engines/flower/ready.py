@@ -75,6 +75,8 @@ def ready(folder: Path, hello: Hello) -> Ready:
     if hello.facts and (found := agreement.differences(hello.facts, facts)):
         raise UserError("; ".join(found))
     clients = tuple(client for _, client in sorted(experiment.fleet.clients.items()))
+    if reason := agreement.unsuited(experiment.algorithm, experiment.spec, experiment.config.seed, clients):
+        raise UserError(reason)
     presence = Presence(site_name(folder), clients, experiment.fleet.strangers, facts)
     learner = experiment.learner
     return Ready(presence, experiment.fleet, learner, experiment.spent, lambda names: writer(experiment, names), allow)
