@@ -198,7 +198,8 @@ def test_a_site_shows_what_leaves_and_what_went_wrong(tmp_path: Path) -> None:
     (logs / "supernode.log").write_text("INFO: nothing\n[code: 2004] Failed to activate SuperNode.\n")
     run.look()
     assert shown[0] == "t INFO fedlora.x: leaves north, round 1"
-    assert "does not know this site's key" in shown[-1]
+    assert "does not know this site's key, or still counts this site" in shown[-1]
+    assert "passes within about a minute" in shown[-1]
     assert len(shown) == 3
     with (logs / "worker.log").open("a") as out:
         out.write("ne WARNING\n")

@@ -23,6 +23,7 @@ from fedlora.engines.flower.processes import (
     SiteProcesses,
     SuperLink,
     environment,
+    require_free,
     stoppable,
     wait_for_port,
 )
@@ -66,6 +67,7 @@ def serve(
     require_prometheus(metrics)
     if not insecure:
         require_valid(server)
+    require_free(host, port)
     server = server.resolve()  # its programs may be elsewhere
     folder = (out or server / "runs" / name).resolve()
     if is_federated(folder):
@@ -85,7 +87,7 @@ def require_valid(server: Path) -> None:
         (keys.SERVER, keys.certificate_problem(own, authority)),
     ):
         if problem:
-            raise UserError(f"{server / file}: {problem}", "fedlora server init --renew --host ...")
+            raise UserError(f"{server / file}: {problem}", "fedlora server init --renew")
     if not keys.allowed(server):
         raise UserError(f"{server / keys.ALLOWED}: no site is allowed", "fedlora server allow SITE.pub --name SITE")
 
@@ -281,7 +283,10 @@ WORTH = {
     "supernode": ("retrying", "ERROR", "SuperNode ID", "[code:", "CERTIFICATE_VERIFY"),
 }
 HINTS = {
-    "[code: 2004]": "the server does not know this site's key: it needs site.pub (fedlora server allow), and a restart",
+    "[code: 2004]": (
+        "the server does not know this site's key, or still counts this site (or another with the same key) as "
+        "connected: after a crash this passes within about a minute; otherwise: fedlora server allow, and a restart"
+    ),
     "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not accepted: fedlora site check says why",
 }
 
