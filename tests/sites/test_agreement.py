@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import fedlora
+from conformance.table import TABLE, world
 from fedlora.algorithms import ALGORITHMS
 from fedlora.learning.backbone import Backbone
 from fedlora.learning.loading import load_backbone
 from fedlora.learning.tasks import TextClassification
-from fedlora.sites.agreement import algorithm_fact, differences, facts
+from fedlora.sites.agreement import algorithm_fact, differences, facts, unsuited
 from study.tiny import encoder
 
 LABELS = ("malign", "benign")
@@ -97,3 +98,15 @@ def test_an_algorithm_s_fact_is_the_same_in_every_process(name: str) -> None:
     found = algorithm_fact(ALGORITHMS[name]())
     assert " at 0x" not in found
     assert found == algorithm_fact(ALGORITHMS[name]())
+
+
+@pytest.mark.parametrize("name", sorted(TABLE))
+def test_whom_an_algorithm_cannot_serve_is_known_before_a_round(name: str) -> None:
+    fleet = world(name)
+    assert unsuited(fleet.algorithm, fleet.spec, 0, fleet.clients.values()) == ""
+    odd = replace(fleet.clients["c1"], ranks=dict.fromkeys(fleet.spec.ranks, 3))
+    found = unsuited(fleet.algorithm, fleet.spec, 0, [odd])
+    assert ("ranks must be equal, but client 'c1' has rank 3" in found) == (TABLE[name].ranks == "refused")
+    stranger = replace(odd, ranks={"fc1": 3, "fc9": 3})
+    assert "client 'c1'" in unsuited(fleet.algorithm, fleet.spec, 0, [stranger])
+    assert "'fc2', 'fc9'" in unsuited(fleet.algorithm, fleet.spec, 0, [stranger])

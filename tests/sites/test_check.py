@@ -113,6 +113,18 @@ def test_what_is_wrong_has_its_line(
         assert word in str(line)
 
 
+def test_a_rank_that_the_algorithm_cannot_serve_is_said(place: Path, tmp_path: Path) -> None:
+    folder = made(place, tmp_path, 9, **{"# rank = 4  ": "rank = 2 "})
+    assert "rank 2" in by_name(check(folder, run_of(place)))["model"].said  # flexlora serves it
+    config = run_of(place).replace(algorithm={"name": "fdlora"})
+    line = by_name(check(folder, config))["model"]
+    assert line.ok is False
+    assert "ranks must be equal, but client 'north' has rank 2" in line.said
+    assert "the same rank" in line.remedy
+    given = run_of(place).replace(clients={"ranks": [2, 4]})  # the largest is served
+    assert "rank 4" in by_name(check(made(place, tmp_path / "other", 9), given))["model"].said
+
+
 def test_a_server_that_is_not_there_or_not_the_right_one(place: Path, tmp_path: Path) -> None:
     with listening(place / "server") as port:
         folder = made(place, tmp_path, port)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,13 @@ pytest.importorskip("flwr")
 from fedlora.engines.flower.deployed import (
     SiteRun,
     allowed_text,
-    planned,
     registered,
-    require_same,
     require_valid,
     serve,
     status,
 )
-from fedlora.engines.flower.host import Plan, registered_nodes
+from fedlora.engines.flower.host import Plan, again, registered_nodes
+from fedlora.engines.flower.plan import planned, require_same
 from fedlora.engines.flower.processes import SuperLink
 from fedlora.errors import UserError
 from fedlora.sites import keys
@@ -63,19 +63,58 @@ def test_what_a_server_cannot_know_is_asked_for(base: Path, tmp_path: Path) -> N
         planned(run_file(base, data={"labels": None}), tmp_path, 1)
     with pytest.raises(UserError, match="each site states its own rank"):
         planned(run_file(base, clients={"ranks": "uniform-small"}), tmp_path, 1)
+    with pytest.raises(UserError, match="fedper keeps every client's head at home"):
+        planned(run_file(base, algorithm={"name": "fedper"}, adapter={"extras": {"head": "share"}}), tmp_path, 1)
     with pytest.raises(UserError, match="is no federation"):
         planned(run_file(base, algorithm={"name": "pooled"}), tmp_path, 1)
 
 
 def test_a_run_goes_on_as_it_began_and_may_last_longer(base: Path, tmp_path: Path) -> None:
     planned(run_file(base), tmp_path, 1)
-    require_same(run_file(base, training={"rounds": 9}), tmp_path)
+    require_same(run_file(base, training={"rounds": 9}), tmp_path, 1)
     assert load(tmp_path / "config.toml").training.rounds == 9
-    require_same(run_file(base), tmp_path)  # a restart by the old file shortens nothing
+    require_same(run_file(base), tmp_path, 1)  # a restart by the old file shortens nothing
     assert load(tmp_path / "config.toml").training.rounds == 9
-    for changed in ({"algorithm": {"name": "fedit"}}, {"data": {"labels": ["bad", "good"]}}):
-        with pytest.raises(UserError, match="began with another"):
-            require_same(run_file(base, **changed), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"algorithm": {"name": "fedit"}}, ["algorithm.name = 'flexlora' (now 'fedit')"]),
+        ({"data": {"labels": ["bad", "good"]}}, ["data.labels = ['good', 'bad'] (now ['bad', 'good'])"]),
+        ({"adapter": {"rank": 8}}, ["adapter.rank = 40 (now 8)", "adapter.alpha = 64.0 (now 16.0)"]),
+        ({"training": {"lr": 0.5}}, ["training.lr = ", " (now 0.5)"]),
+        ({"training": {"eval_clients": 2}}, ["training.eval_clients = unset (now 2)"]),
+        ({"engine": {"tokens": 64, "quorum": 0.1}}, ["engine.tokens = 1024 (now 64)"]),
+    ],
+)
+def test_settings_that_differ_from_those_a_run_began_with_are_named(
+    base: Path, tmp_path: Path, changed: dict[str, Any], words: list[str]
+) -> None:
+    planned(run_file(base), tmp_path, 1)
+    before = (tmp_path / "config.toml").read_bytes()
+    with pytest.raises(UserError, match="began with other settings") as error:
+        require_same(run_file(base, **changed), tmp_path, 1)
+    for word in (*words, "--out another folder"):
+        assert word in str(error.value)
+    assert "quorum" not in str(error.value)
+    assert (tmp_path / "config.toml").read_bytes() == before
+
+
+def test_a_restart_may_wait_otherwise_and_for_another_number_of_sites(base: Path, tmp_path: Path) -> None:
+    planned(run_file(base), tmp_path, 3)
+    begun = Plan.load(tmp_path)
+    patience = {"deadline": 5.0, "quorum": 1.0, "join": 30.0, "message": 2**21}
+    require_same(run_file(base, engine=patience), tmp_path, 2)
+    assert Plan.load(tmp_path) == replace(begun, sites=2)
+    found = load(tmp_path / "config.toml").engine
+    assert {key: getattr(found, key) for key in patience} == patience
+
+
+def test_how_to_go_on_depends_on_where_the_sites_are(tmp_path: Path) -> None:
+    assert again(tmp_path) == "the same fedlora server start"
+    (tmp_path / "sites").mkdir()
+    assert again(tmp_path) == f"fedlora resume {tmp_path}"
 
 
 def test_a_server_starts_only_with_valid_certificates_and_somebody_allowed(base: Path, tmp_path: Path) -> None:
@@ -159,7 +198,8 @@ def test_a_site_shows_what_leaves_and_what_went_wrong(tmp_path: Path) -> None:
     (logs / "supernode.log").write_text("INFO: nothing\n[code: 2004] Failed to activate SuperNode.\n")
     run.look()
     assert shown[0] == "t INFO fedlora.x: leaves north, round 1"
-    assert "does not know this site's key" in shown[-1]
+    assert "does not know this site's key, or still counts this site" in shown[-1]
+    assert "passes within about a minute" in shown[-1]
     assert len(shown) == 3
     with (logs / "worker.log").open("a") as out:
         out.write("ne WARNING\n")

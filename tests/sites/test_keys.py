@@ -16,7 +16,9 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from typer.testing import CliRunner
 
+from fedlora.cli import app
 from fedlora.errors import UserError
 from fedlora.sites import keys
 from fedlora.sites.settings import load
@@ -89,6 +91,22 @@ def test_an_expired_certificate_is_refused_and_renewed(tmp_path: Path) -> None:
     assert (tmp_path / "ca.pem").read_bytes() == authority
     with listening(tmp_path) as port:
         assert dial(port, tmp_path / "ca.pem", "127.0.0.1") == b"hello"
+
+
+def test_a_certificate_is_renewed_for_the_names_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no --host is given"):
+        CliRunner().invoke(app, ["server", "init", "--renew"], catch_exceptions=False)
+    keys.server_init(tmp_path / "server", ["fed.example.org", "10.0.0.7"], days=3)
+    before = keys.read_certificate(tmp_path / "server" / "server.pem")
+    assert CliRunner().invoke(app, ["server", "init", "--renew"]).exit_code == 0
+    after = keys.read_certificate(tmp_path / "server" / "server.pem")
+    names = ["fed.example.org", "10.0.0.7", "localhost", "127.0.0.1"]
+    assert keys.names_of(after) == keys.names_of(before) == names
+    assert after.subject == before.subject
+    assert after.not_valid_after_utc > before.not_valid_after_utc
+    keys.server_init(tmp_path / "server", ["other.example.org"], renew=True)
+    assert "fed.example.org" not in keys.names_of(keys.read_certificate(tmp_path / "server" / "server.pem"))
 
 
 def test_what_certificates_say(server: Path) -> None:

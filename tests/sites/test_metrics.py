@@ -113,6 +113,18 @@ def test_a_server_that_is_started_again_goes_on_counting(tmp_path: Path, capsys:
     assert found['fedlora_bytes_total{of="rounds",way="up"}'] == 600
 
 
+def test_whoever_watches_reads_whose_update_was_dropped_and_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with watched(tmp_path, 3, True, None) as watch:
+        refused = {"north": "weight: weight 96.0 is not in (0, 48]"}
+        append(tmp_path / "metrics.jsonl", line(1, lost=["south"], rejected=refused))
+        watch.look()
+    said = capsys.readouterr().err
+    assert "lost: south, update dropped of north: weight: weight 96.0 is not in (0, 48]" in said
+
+
 def test_nobody_is_answered_unless_that_was_asked_for(tmp_path: Path) -> None:
     with watched(tmp_path, 1, False, None) as watch:
         assert watch.metrics is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,13 @@ import transformers
 from fedlora.engines.flower.messages import Hello
 from fedlora.engines.flower.ready import Ready, ready
 from fedlora.errors import UserError
-from fedlora.federation.rounds import rounds
+from fedlora.federation.rounds import evaluate, rounds
 from fedlora.sites import agreement
 from fedlora.study import algorithm as algorithms
 from fedlora.study.config import parse
 from fedlora.study.experiment import Terms, base_of, specified
+from fedlora.study.export import deployed
+from fedlora.study.predict import predict
 from fedlora.study.tasks import task_of
 from study.tiny import FILLERS, TOPICS, encoder, tokenizer
 
@@ -131,12 +134,42 @@ def test_a_site_that_cannot_take_part_says_why(
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize("algorithm", ["fdlora", "fedit"])
+def test_a_rank_that_the_algorithm_cannot_serve_is_refused_before_the_first_round(
+    models: Path, tmp_path: Path, algorithm: str
+) -> None:
+    with pytest.raises(UserError, match=r"ranks must be equal, but client 'north' has rank 4 at .* the server 8"):
+        ready(site(tmp_path / "s", resources={"rank": 4}), said(models, algorithm))
+
+
 def test_a_model_that_does_not_load_is_refused_with_a_reason(models: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text("{}")
     with pytest.raises(UserError, match="broken"):
         ready(site(tmp_path / "s", model={"base": str(broken)}), said(models))
+
+
+def evaluated(here: Ready, names: set[str], run: str) -> None:
+    """The deployed models of a state that nobody has trained, kept at the site."""
+    state = here.fleet.algorithm.server_init(here.fleet.spec, 0)
+    fleet = replace(here.fleet, deploy=here.writer(names))
+    checkpoint = {"state": state, "round": 0, "acked": {}}
+    clients = list(here.fleet.clients.values())
+    assert len(list(evaluate(here.fleet.algorithm, checkpoint, fleet, clients, total=2, run_id=run))) == 1
+
+
+def test_what_a_run_deploys_outlives_the_next_run(models: Path, tmp_path: Path) -> None:
+    folder = site(tmp_path / "s")
+    for run, algorithm in (("run-1", "flexlora"), ("run-2", "fedit")):
+        evaluated(ready(folder, replace(said(models, algorithm), run_id=run)), {"north"}, run)
+    kept = {run: folder / "adapters" / "runs" / run / "north" for run in ("run-1", "run-2")}
+    about = {run: json.loads((place / "fedlora.json").read_text())["algorithm"] for run, place in kept.items()}
+    assert about == {"run-1": "flexlora", "run-2": "fedit"}
+    assert deployed(folder, "north") == folder / "adapters" / "clients" / "north"  # the latest
+    assert (deployed(folder, "north") / "fedlora.json").read_text() == (kept["run-2"] / "fedlora.json").read_text()
+    [said_of_it] = predict(kept["run-1"], ["the cat"])
+    assert set(said_of_it.probabilities) == set(LABELS)  # type: ignore[union-attr]
 
 
 MINE = """

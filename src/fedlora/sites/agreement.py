@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import fedlora
 from fedlora.data.keys import listed
+from fedlora.errors import UserError
 from fedlora.federation.algorithm import Algorithm
-from fedlora.federation.spec import ModelSpec, Tree
+from fedlora.federation.spec import Client, ModelSpec, Tree
 from fedlora.federation.wire import encode
 from fedlora.learning.backbone import Backbone
 from fedlora.learning.tasks import Task
+from fedlora.study.config import RunConfig
+from fedlora.study.experiment import Terms
 
 REMEDIES = {
     "fedlora": "install the same version at both ends",
@@ -96,6 +99,47 @@ def differences(server: Mapping[str, str], site: Mapping[str, str]) -> list[str]
         for name in order
         if server.get(name) != site.get(name)
     ]
+
+
+def ranks_of(config: RunConfig) -> Any:
+    """``[clients] ranks`` where it is one number or a list of them, for each site states its own; UserError else."""
+    ranks = config.clients.ranks or config.adapter.rank
+    given = ranks if isinstance(ranks, list) else [ranks]
+    if not all(isinstance(rank, int) for rank in given):
+        raise UserError(
+            f"[clients] ranks = {ranks!r}: each site states its own rank",
+            "leave it out; [adapter] rank is the largest served",
+        )
+    return ranks
+
+
+def served(config: RunConfig, backbone: Backbone, labels: Sequence[str], fields: tuple[str, ...]) -> Terms:
+    """The terms of a run whose server knows no site yet."""
+    ranks = ranks_of(config)
+    given = ranks if isinstance(ranks, list) else [ranks]
+    most = {name: min(max(given), *_sides(layer)) for name, layer in backbone.sites.items()}
+    return Terms(tuple(labels), fields, most, min(given), {}, {})
+
+
+def _sides(layer: Any) -> tuple[int, int]:
+    return layer.out_features, layer.in_features
+
+
+def unsuited(algorithm: Algorithm[Any, Any, Any], spec: ModelSpec, seed: int, clients: Iterable[Client]) -> str:
+    """Why the algorithm cannot begin, or cannot serve one of these clients, asked before a round depends on it; empty:
+    it serves all.
+
+    The start is made anew for every site that comes: a copy for a whole run would cost more than that.
+    """
+    try:
+        state = algorithm.server_init(spec, seed)
+        for client in clients:
+            if unknown := sorted(spec.ranks.keys() ^ client.ranks.keys()):
+                return f"client {client.id!r}: the server and the site do not both have a rank of {listed(unknown)}"
+            algorithm.broadcast(state, client, 0)
+    except UserError as problem:
+        return str(problem)
+    return ""
 
 
 def _shown(value: str | None) -> str:

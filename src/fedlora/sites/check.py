@@ -7,20 +7,20 @@ import socket
 import ssl
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
 from fedlora.errors import UserError
 from fedlora.federation.client import Job
 from fedlora.federation.orders import Fit, Model, Tuned
-from fedlora.sites import keys
+from fedlora.sites import agreement, keys
 from fedlora.sites.data import brought, examples
 from fedlora.sites.guard import permitted, with_own_algorithm
 from fedlora.sites.settings import SiteSettings, load
 from fedlora.study import algorithm as algorithms
 from fedlora.study.config import RunConfig
-from fedlora.study.experiment import Experiment, Terms, assemble
+from fedlora.study.experiment import Experiment, assemble
 
 RENEW = "fedlora server init --renew --host NAME"
 SOON = 30
@@ -124,6 +124,10 @@ def _training(site: SiteSettings, config: RunConfig) -> Iterator[Line]:
             yield failed("model", error)
             return
         rank = max(experiment.fleet.clients[site.name].ranks.values(), default=0)
+        clients = [experiment.fleet.clients[site.name]]
+        if reason := agreement.unsuited(experiment.algorithm, experiment.spec, config.seed, clients):
+            yield failed("model", UserError(reason))
+            return
         parameters = sum(p.numel() for p in experiment.backbone.module.parameters())
         device = experiment.backbone.device
         yield Line("model", True, f"{parameters:,} parameters on {device}, rank {rank}")
@@ -131,22 +135,19 @@ def _training(site: SiteSettings, config: RunConfig) -> Iterator[Line]:
 
 
 def _experiment(site: SiteSettings, config: RunConfig, folder: Path) -> Experiment:
-    """The site alone in a run, with its own rank."""
+    """The site alone in a run, with its own rank, on the terms that the run's server will state."""
     from fedlora.sites.data import localised, rank_of
     from fedlora.study.experiment import base_of
 
     labels = config.data.labels or ()
     local = localised(site, config)
     backbone = base_of(local, labels)
-    rank = rank_of(site, local, backbone)
-    most = {name: min(rank, *_sides(layer)) for name, layer in backbone.sites.items()}
-    own = brought(_without_memory(site), config, most, labels)
-    terms = Terms(labels, own.population.fields, most, rank, own.ranks, own.models)
+    terms = agreement.served(config, backbone, labels, ())
+    resources = {"rank": rank_of(site, local, backbone, max(terms.most.values(), default=1)), "memory": None}
+    site = site.model_copy(update={"resources": site.resources.model_copy(update=resources)})  # what memory gave
+    own = brought(site, config, terms.most, labels)
+    terms = replace(terms, fields=own.population.fields, ranks=own.ranks, models=own.models)
     return assemble(own.config, folder, population=own.population, terms=terms)
-
-
-def _sides(layer: Any) -> tuple[int, int]:
-    return layer.out_features, layer.in_features
 
 
 def _step(experiment: Experiment, client: str) -> str:

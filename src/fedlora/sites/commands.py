@@ -88,7 +88,10 @@ def site_start(folder: SiteFolder) -> None:
 
 @server.command("init")
 def server_init(
-    host: Annotated[list[str], typer.Option(help="a name or address that sites dial; may be repeated")],
+    host: Annotated[
+        list[str] | None,
+        typer.Option(help="a name or address that sites dial; may be repeated (with --renew: default those of before)"),
+    ] = None,
     folder: ServerFolder = SERVER,
     days: Annotated[int, typer.Option(help="how long the server's certificate is valid")] = 825,
     renew: Annotated[bool, typer.Option("--renew", help="a new certificate from the authority that is there")] = False,
@@ -96,7 +99,7 @@ def server_init(
     """Make the federation's authority, the server's certificate, and the list of allowed sites."""
     from fedlora.sites import keys
 
-    for file in keys.server_init(folder, host, days=days, renew=renew):
+    for file in keys.server_init(folder, host or (), days=days, renew=renew):
         typer.echo(f"wrote {file}")
     if not renew:
         typer.echo(f"next: give {folder / keys.CA} to the sites; {folder / keys.CA_KEY} stays here, best offline")

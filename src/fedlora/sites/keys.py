@@ -41,9 +41,11 @@ SKEW = datetime.timedelta(minutes=5)
 def server_init(folder: Path, hosts: Sequence[str], *, days: int = SERVER_DAYS, renew: bool = False) -> list[Path]:
     """Makes the authority, a server certificate for these names and addresses, and the folder of allowed site keys.
 
-    ``renew``: a new server certificate from the authority that is there. Returns the files written. Raises UserError
-    rather than overwrite a key.
+    ``renew``: a new server certificate from the authority that is there, by default for the names of the one before.
+    Returns the files written. Raises UserError rather than overwrite a key.
     """
+    if renew and not hosts and (folder / SERVER).exists():
+        hosts = names_of(read_certificate(folder / SERVER))
     if not hosts:
         raise UserError("no --host is given", "name what sites dial: a DNS name, an address, or both")
     names = [_general(host) for host in dict.fromkeys([*hosts, *LOCAL])]
@@ -62,6 +64,15 @@ def server_init(folder: Path, hosts: Sequence[str], *, days: int = SERVER_DAYS, 
     written += [_secret(folder / SERVER_KEY, _pem(own)), _public(folder / SERVER, _certificate_pem(certificate))]
     (folder / ALLOWED).mkdir(exist_ok=True)
     return [*written, folder / ALLOWED]
+
+
+def names_of(certificate: x509.Certificate) -> list[str]:
+    """The names and addresses that a certificate is for, in its order."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    return [str(name.value) for name in names if isinstance(name, (x509.DNSName, x509.IPAddress))]
 
 
 def _authority(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +14,16 @@ from typing import Any
 
 import tomli_w
 
-from fedlora.data.fields import columns_of
 from fedlora.engines.flower.federate import FLOWER, alive, is_federated, read, result, supervise
-from fedlora.engines.flower.host import NODES, Plan, require_federable
+from fedlora.engines.flower.host import NODES
+from fedlora.engines.flower.plan import planned, require_same
 from fedlora.engines.flower.processes import (
     HOST,
     Process,
     SiteProcesses,
     SuperLink,
     environment,
+    require_free,
     stoppable,
     wait_for_port,
 )
@@ -31,10 +31,8 @@ from fedlora.engines.flower.server_app import EVENTS, STATUS
 from fedlora.engines.flower.watch import require_prometheus, watched
 from fedlora.errors import UserError
 from fedlora.sites import keys, settings
-from fedlora.study import algorithm as algorithms
 from fedlora.study import folder as files
-from fedlora.study.config import RunConfig, dumps, load
-from fedlora.study.experiment import Terms, base_of, specified
+from fedlora.study.config import RunConfig, load
 from fedlora.study.run import Result
 
 CURRENT = "current.json"
@@ -69,10 +67,11 @@ def serve(
     require_prometheus(metrics)
     if not insecure:
         require_valid(server)
+    require_free(host, port)
     server = server.resolve()  # its programs may be elsewhere
     folder = (out or server / "runs" / name).resolve()
     if is_federated(folder):
-        require_same(config, folder)
+        require_same(config, folder, sites)
     else:
         planned(config, files.fresh(folder, name), sites)
     with stoppable(f"stopped; the same command goes on from the last checkpoint of {folder}"):
@@ -88,65 +87,9 @@ def require_valid(server: Path) -> None:
         (keys.SERVER, keys.certificate_problem(own, authority)),
     ):
         if problem:
-            raise UserError(f"{server / file}: {problem}", "fedlora server init --renew --host ...")
+            raise UserError(f"{server / file}: {problem}", "fedlora server init --renew")
     if not keys.allowed(server):
         raise UserError(f"{server / keys.ALLOWED}: no site is allowed", "fedlora server allow SITE.pub --name SITE")
-
-
-def require_same(config: RunConfig, folder: Path) -> None:
-    """A run goes on as it began."""
-    begun = load(folder / "config.toml")
-    changed = [n for n in ("model", "algorithm", "data") if settled(config, n) != settled(begun, n)]
-    if changed:
-        raise UserError(f"{folder}: the run began with another [{changed[0]}]", "give --out another folder")
-    rounds = max(config.training.rounds, begun.training.rounds)
-    files.replace(folder / "config.toml", dumps(begun.replace(training={"rounds": rounds})))
-
-
-def settled(config: RunConfig, section: str) -> Any:
-    """What of a section may not change while a run goes on."""
-    if section == "model":
-        return config.model.name, config.model.task
-    return config.algorithm.name if section == "algorithm" else config.data.labels
-
-
-def planned(config: RunConfig, folder: Path, sites: int) -> None:
-    """Settles what a server can settle without data, and writes it down."""
-    algorithm = algorithms.build(config)
-    require_federable(config, algorithm)
-    labels = config.data.labels or ()
-    if config.model.task != "causal-lm" and not labels:
-        raise UserError(
-            "[data] labels is missing: this server sees no data", 'list the label set: labels = ["benign", "malign"]'
-        )
-    ranks = config.clients.ranks or config.adapter.rank
-    given = ranks if isinstance(ranks, list) else [ranks]
-    served = [rank for rank in given if isinstance(rank, int)]
-    if len(served) < len(given):
-        raise UserError(
-            f"[clients] ranks = {ranks!r}: each site states its own rank",
-            "leave it out; [adapter] rank is the largest served",
-        )
-    backbone = base_of(config, labels)
-    sizes = {site: min(layer.out_features, layer.in_features) for site, layer in backbone.sites.items()}
-    most = {site: min(max(served), size) for site, size in sizes.items()}
-    fields = tuple(columns_of(config.data, config.model.task))
-    terms = Terms(tuple(labels), fields, most, min(served), {}, {})
-    algorithm = algorithms.settled(algorithm, terms.least)
-    config = algorithms.stated(config, algorithm)
-    spec = specified(config, algorithm, backbone, terms)
-    dtype, engine = config.model.dtype, config.engine
-    config = config.replace(
-        model={"dtype": "float32" if dtype == "auto" else dtype},
-        adapter={"alpha": spec.alpha},
-        clients={"ranks": ranks},
-        engine={
-            "lanes": 1 if engine.lanes == "auto" else engine.lanes,
-            "tokens": 1024 if engine.tokens == "auto" else engine.tokens,
-        },
-    )
-    (folder / "config.toml").write_text(dumps(config))
-    Plan(uuid.uuid4().hex, terms, "", sites).save(folder)
 
 
 def operate(
@@ -340,7 +283,10 @@ WORTH = {
     "supernode": ("retrying", "ERROR", "SuperNode ID", "[code:", "CERTIFICATE_VERIFY"),
 }
 HINTS = {
-    "[code: 2004]": "the server does not know this site's key: it needs site.pub (fedlora server allow), and a restart",
+    "[code: 2004]": (
+        "the server does not know this site's key, or still counts this site (or another with the same key) as "
+        "connected: after a crash this passes within about a minute; otherwise: fedlora server allow, and a restart"
+    ),
     "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not accepted: fedlora site check says why",
 }
 

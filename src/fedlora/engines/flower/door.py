@@ -155,6 +155,7 @@ def main() -> None:
         log_level="warning",
         limit_concurrency=512,
         timeout_keep_alive=30,
+        timeout_graceful_shutdown=3,
         server_header=False,
     )
 

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedlora.engines.flower.host import PLAN, Plan, require_federable
+from fedlora.engines.flower.host import PLAN, Plan, again, require_federable
 from fedlora.engines.flower.processes import SiteProcesses, SuperLink, stoppable
 from fedlora.engines.flower.server_app import STATUS
 from fedlora.engines.flower.split import divided
 from fedlora.engines.flower.watch import Watch
 from fedlora.errors import UserError
+from fedlora.sites import agreement
 from fedlora.study import algorithm as algorithms
 from fedlora.study import folder as files
 from fedlora.study.config import RunConfig, dumps, load
@@ -54,6 +55,9 @@ def plan(config: RunConfig, folder: Path, sites: int) -> None:
     """Settles what is open in the run file, divides the data, and writes down what a server needs."""
     experiment = assemble(config, folder)
     terms = terms_of(experiment.config, experiment.population, experiment.backbone)
+    clients = [client for _, client in sorted(experiment.fleet.clients.items())]
+    if reason := agreement.unsuited(experiment.algorithm, experiment.spec, config.seed, clients):
+        raise UserError(reason)  # here, where nobody waits for sites that may not come
     divided(experiment, terms, sites)
     (folder / "config.toml").write_text(dumps(experiment.config))
     Plan(uuid.uuid4().hex, terms, experiment.population.digest, sites, experiment.warnings).save(folder)
@@ -126,7 +130,7 @@ def supervise(folder: Path, link: SuperLink, sites: list[SiteProcesses], watch: 
             if attempts > RESTARTS:
                 raise UserError(
                     f"{folder}: the server ended {RESTARTS} times without a round between",
-                    f"see {folder / FLOWER / 'superlink.log'}; go on with: fedlora resume {folder}",
+                    f"see {folder / FLOWER / 'superlink.log'}; go on with: {again(folder)}",
                 )
             watch.say(f"the {'SuperLink' if down else 'server'} has ended: started again from the last checkpoint")
             if state != "submitted":

@@ -50,7 +50,7 @@ class Patience:
 @dataclass(eq=False)
 class Site:
     """A site that has introduced itself. ``node``: Flower's number of its SuperNode; ``silent``: it missed a deadline
-    and has not been heard since; ``held``: arrays that it keeps and need not travel again."""
+    or went, and has not introduced itself since; ``held``: arrays that it keeps and need not travel again."""
 
     name: str
     node: int
@@ -87,7 +87,8 @@ Say = Callable[[Mapping[str, Any]], None]
 @dataclass(eq=False)
 class GridFleet:
     """A fleet over a Grid. ``hello`` is what every new node is told; ``write``: whether an evaluation's deployed models
-    are kept as adapters at the sites, by client; ``nodes``: whose key each node has, where keys are registered."""
+    are kept as adapters at the sites, by client; ``nodes``: whose key each node has, where keys are registered;
+    ``unsuited``: why the algorithm cannot serve some clients, or ""; ``again``: how a person goes on with the run."""
 
     grid: Grid
     hello: Hello
@@ -96,6 +97,8 @@ class GridFleet:
     limits: Limits = LIMITS
     nodes: Mapping[int, str] | None = None
     write: frozenset[str] = frozenset()
+    unsuited: Callable[[Sequence[Client]], str] = lambda clients: ""
+    again: str = "fedlora resume"
     sites: dict[str, Site] = field(default_factory=dict[str, Site])
     clients: dict[str, Client] = field(default_factory=dict[str, Client])
     strangers: set[str] = field(default_factory=set[str])
@@ -135,13 +138,16 @@ class GridFleet:
                 raise UserError(
                     f"{len(ready)} of {count} sites are there after {self.patience.join:.0f} s"
                     + (f" ({reasons})" if reasons else ""),
-                    "start the missing sites and look into their logs, then `fedlora resume` the run",
+                    f"start the missing sites and look into their logs, then go on with: {self.again}",
                 )
             time.sleep(self.patience.poll)
 
     def _greet(self) -> set[int]:
-        """Says hello to nodes that have not been greeted, and again to silent ones: the nodes that are there."""
+        """Says hello to nodes that have not been greeted, and again to silent ones: the nodes that are there. Whoever
+        went is silent, also where it comes back under its old number: its data may be others than those it stated."""
         here = set(self.grid.get_node_ids())
+        for site in self.sites.values():
+            site.silent |= site.node not in here
         self.refused = {node: reason for node, reason in self.refused.items() if node in here}
         now = time.monotonic()
         for id in [id for id, question in self.asked.items() if now > question.sent + question.header.seconds + GRACE]:
@@ -162,6 +168,7 @@ class GridFleet:
             reason = f"its key is registered as {self.nodes.get(node)!r}"
         if not reason:
             reason = "; ".join(differences(self.hello.facts, presence.facts)) if self.hello.facts else ""
+        reason = reason or self.unsuited(presence.clients)
         if reason:
             self.refused[node] = reason
             log.warning("site %r (node %d) does not take part: %s", presence.site, node, reason)
@@ -198,13 +205,19 @@ class GridFleet:
         here = set(self.grid.get_node_ids())
         for site in list(self.sites.values()):
             names = [name for name in site.clients if name in waiting]
-            if names and (site.silent or site.node not in here):
+            site.silent |= site.node not in here
+            if names and site.silent:
                 log.warning("site %r is not there: its clients are left out", site.name)
                 for name in names:
                     del waiting[name]
                     yield name, None
             elif names:
-                round = self._send(site, {name: requests[name] for name in names}, self.patience.deadline)
+                built = dict(self._built(requests, names))
+                for name in [name for name in names if name not in built]:
+                    del waiting[name]
+                    yield name, None
+                if built:
+                    round = self._send(site, built, self.patience.deadline)
         self.say({"event": "asked", "round": round, "clients": total})
         while waiting:
             passed = time.monotonic() - start
@@ -223,10 +236,6 @@ class GridFleet:
                 looked = time.monotonic()
                 self._greet()
             back, found = self._hear({HELLO, ASK})
-            for site in back:
-                if names := [name for name in site.clients if name in waiting]:
-                    log.info("site %r is back: asked again", site.name)
-                    self._send(site, {name: requests[name] for name in names}, max(self.patience.deadline - passed, 1))
             for answer in found:
                 if answer.client not in waiting:
                     continue
@@ -236,9 +245,24 @@ class GridFleet:
                 said = {"client": answer.client, "problem": answer.problem, "seconds": answer.cost.seconds}
                 self.say({"event": "answered", "round": round, **said})
                 yield answer.client, answer.reply
+            for site in back:  # after what it had still to say
+                if names := [name for name in site.clients if name in waiting]:
+                    log.info("site %r is back: asked again", site.name)
+                    if built := dict(self._built(requests, names)):
+                        self._send(site, built, max(self.patience.deadline - passed, 1))
             if not back and not found and waiting:
                 time.sleep(self.patience.poll)
         self._leave_behind(round, set(waiting))
+
+    @staticmethod
+    def _built(requests: Asked, names: Sequence[str]) -> Iterator[tuple[str, Request]]:
+        """The requests of a site's clients. Whom the algorithm cannot serve is left out: a site that states something
+        else than at first must not cost the others their run."""
+        for name in names:
+            try:
+                yield name, requests[name]
+            except UserError as problem:
+                log.warning("client %r is left out: %s", name, problem)
 
     def _send(self, site: Site, requests: Mapping[str, Request], seconds: float) -> int:
         held, body = site.held, list[Any]()

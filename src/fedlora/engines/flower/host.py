@@ -199,9 +199,21 @@ def federation(
     hello = Hello(plan.run_id, config, plan.terms, facts)
     limits = replace(LIMITS, message=config.engine.message)
     fleet = GridFleet(
-        grid, hello, replace(patience, sites=plan.sites), say, limits=limits, nodes=registered_nodes(folder)
+        grid,
+        hello,
+        replace(patience, sites=plan.sites),
+        say,
+        limits=limits,
+        nodes=registered_nodes(folder),
+        unsuited=lambda clients: agreement.unsuited(algorithm, spec, config.seed, clients),
+        again=again(folder),
     )
     return Federation(config, folder, plan, algorithm, backbone, spec, Metric(*task.metric), fleet)
+
+
+def again(folder: Path) -> str:
+    """The command that goes on with a federation's run: its sites are in its folder, or on other machines."""
+    return f"fedlora resume {folder}" if (folder / "sites").is_dir() else "the same fedlora server start"
 
 
 def registered_nodes(folder: Path) -> dict[int, str] | None:

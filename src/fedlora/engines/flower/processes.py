@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from pathlib import Path
 import tomli_w
 
 from fedlora import __version__
-from fedlora.engines.flower import channel
+from fedlora.engines.flower import channel, leash
 from fedlora.errors import Interrupted, UserError
 
 HOST = "127.0.0.1"
@@ -63,9 +64,32 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def require_free(host: str, port: int, patience: float = 5.0) -> None:
+    """UserError where nobody could listen there. What a killed server left behind is given a moment to end."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            for family, kind, _, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+                with socket.socket(family, kind) as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the door: old connections linger
+                    if family == socket.AF_INET6:
+                        probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                    probe.bind(place)
+            return
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            if not taken or time.monotonic() >= end:
+                raise UserError(
+                    f"--port {port}: cannot listen on {host}:{port}: {error.strerror}",
+                    "stop what uses it, or give --port" if taken else "give another --host or --port",
+                ) from None
+            time.sleep(0.1)
+
+
 @dataclass(eq=False)
 class Process:
-    """A child in a session of its own, so that all it starts ends with it."""
+    """A child in a session of its own, so that all it starts ends with it; on Linux it ends with this process, however
+    that ends."""
 
     name: str
     command: Sequence[str]
@@ -76,9 +100,10 @@ class Process:
     def start(self) -> Process:
         """Starts it; its output is added to its log."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        held = [sys.executable, "-IS", leash.__file__, str(os.getpid())] if sys.platform == "linux" else []
         with self.log.open("ab") as out:
             self.child = subprocess.Popen(
-                list(self.command),
+                [*held, *self.command],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -252,13 +277,14 @@ def stoppable(message: str) -> Iterator[None]:
 
 
 def wait_for_port(host: str, port: int, process: Process, seconds: float = 60.0) -> None:
-    """Until somebody listens; UserError where the process ends instead."""
+    """Until it listens; UserError where it ends instead, also if somebody else does."""
     end = time.monotonic() + seconds
-    while True:
+    while process.running and time.monotonic() < end:
         try:
             socket.create_connection((host, port), 1.0).close()
-            return
         except OSError:
-            if not process.running or time.monotonic() > end:
-                raise UserError(f"{process.name} did not start: {process.tail()}", f"look into {process.log}") from None
             time.sleep(0.1)
+        else:
+            if process.running:
+                return
+    raise UserError(f"{process.name} did not start: {process.tail()}", f"look into {process.log}")

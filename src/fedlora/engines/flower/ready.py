@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -24,7 +24,7 @@ from fedlora.study.deploy import write_own
 from fedlora.study.experiment import Experiment, assemble
 
 log = logging.getLogger(__name__)
-SETTINGS = "site.toml"
+SETTINGS, RUNS = "site.toml", "runs"
 Deploy = Callable[[str, Mapping[str, Model], Mapping[str, Sums]], None]
 
 
@@ -75,9 +75,19 @@ def ready(folder: Path, hello: Hello) -> Ready:
     if hello.facts and (found := agreement.differences(hello.facts, facts)):
         raise UserError("; ".join(found))
     clients = tuple(client for _, client in sorted(experiment.fleet.clients.items()))
+    if reason := agreement.unsuited(experiment.algorithm, experiment.spec, experiment.config.seed, clients):
+        raise UserError(reason)
     presence = Presence(site_name(folder), clients, experiment.fleet.strangers, facts)
     learner = experiment.learner
-    return Ready(presence, experiment.fleet, learner, experiment.spent, lambda names: writer(experiment, names), allow)
+    place = experiment.folder / "adapters"
+    places = [place / export.CLIENTS]
+    if file.exists():  # such a site serves one run after the other
+        places.append(place / RUNS / quoted(hello.run_id))
+
+    def deploys(names: set[str]) -> Deploy:
+        return writer(experiment, names, places)
+
+    return Ready(presence, experiment.fleet, learner, experiment.spent, deploys, allow)
 
 
 def facts_of(experiment: Experiment) -> dict[str, str]:
@@ -86,13 +96,14 @@ def facts_of(experiment: Experiment) -> dict[str, str]:
     return agreement.facts(e.backbone, e.task, e.spec, e.algorithm, e.config.seed)
 
 
-def writer(experiment: Experiment, names: set[str]) -> Deploy:
-    """Keeps the deployed models of some clients as adapter folders."""
+def writer(experiment: Experiment, names: set[str], places: Sequence[Path]) -> Deploy:
+    """Keeps the deployed models of some clients as adapter folders: where the latest lies, which the next run replaces,
+    and where this run's stays. No one else has it, so that a copy is cheaper than its loss."""
 
     def deploy(client: str, models: Mapping[str, Model], sums: Mapping[str, Sums]) -> None:
         if client in names:
             deployed, model = next(iter(models.items()))
-            place = experiment.folder / "adapters" / export.CLIENTS / quoted(client)
-            write_own(experiment, place, model, client, experiment.metric.of(sums[deployed]))
+            for place in places:
+                write_own(experiment, place / quoted(client), model, client, experiment.metric.of(sums[deployed]))
 
     return deploy

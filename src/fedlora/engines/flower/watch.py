@@ -101,6 +101,8 @@ class Watch:
             loss = "" if line["loss"] is None else f"  loss {line['loss']:.3f}"
             self.bars.update(self.bar, completed=self.round, description=f"round {self.round}{loss}")
             lost = f", lost: {', '.join(line['lost'])}" if line["lost"] else ""
+            dropped = [f"{name}: {reason}" for name, reason in line["rejected"].items()]
+            lost += f", update dropped of {'; '.join(dropped)}" if dropped else ""
             sent = line["bytes"]["up"] + line["bytes"]["down"]
             if line["participants"] or lost:
                 self.say(
