@@ -1,8 +1,28 @@
 """Federated LoRA fine-tuning for clients that differ in data, resources and models.
 
-    import fedlora
-    result = fedlora.run("my.toml")
-    result.summary["personal"]["mean"]
+    >>> import json, tempfile
+    >>> from pathlib import Path
+    >>> import fedlora
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> rows = [{"text": f"def plus_{i}(x):\\n    return x + {i}", "owner": f"team-{i % 2}"} for i in range(40)]
+    >>> _ = (folder / "code.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+    >>> settings = {
+    ...     "model": {"name": "embedded-lm", "task": "causal-lm", "dtype": "float32"},
+    ...     "data": {"train": str(folder / "code.jsonl"), "text": "text", "partition": {"column": "owner"}},
+    ...     "algorithm": {"name": "fedit"},
+    ...     "training": {"rounds": 1, "steps": 1},
+    ... }
+    >>> result = fedlora.run(settings, out=folder / "run")        # or fedlora.run("my.toml")
+    >>> result.summary["metric"], list(result.summary["personal"]["per_client"])
+    ('bits_per_byte', ['team-0', 'team-1'])
+    >>> [answer] = fedlora.predict(result.folder, ["def plus_7"], client="team-1", max_new_tokens=3)
+    >>> sorted(fedlora.evaluate(result.folder, folder / "code.jsonl"))
+    ['bits_per_byte', 'loss']
+    >>> place, scores = fedlora.personalize(result.folder, folder / "code.jsonl", client="team-2")
+    >>> fedlora.export(result.folder, folder / "adapter", client="team-2").name      # PEFT loads it
+    'adapter'
+    >>> fedlora.resume(result.folder, rounds=2).summary["rounds"]
+    2
 
 Names are imported when they are first used: ``import fedlora`` itself loads nothing heavy.
 """

@@ -62,7 +62,8 @@ def personalize(
     """Introduces a new client to a finished run and writes what it would deploy: (its adapter's folder, test scores).
 
     Its examples are split 70/10/20 like any client's; the server's state stays as it is. ``backbone``: which of
-    ``[clients] models`` is its own (default: the first).
+    ``[clients] models`` is its own (default: the first). Raises UserError where the run has such a client, or the data
+    will not do.
     """
     if not client.strip():
         raise UserError(f"--client {client!r}: a client needs a name", "give it an id that no other client has")

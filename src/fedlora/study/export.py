@@ -304,7 +304,7 @@ def _import_algorithm(run: Path) -> None:
 
 def export(folder: str | Path, to: str | Path, client: str | None = None, merge: bool = False) -> Path:
     """Copies a deployed model out of a run folder, or (``merge``) writes the base with the change merged in, which
-    transformers loads. ``to`` must be empty or absent."""
+    transformers loads. UserError where there is no such model, or ``to`` is neither empty nor absent."""
     source, target = deployed(folder, client), Path(to)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--to {target}: exists and is not empty", "name a new folder")

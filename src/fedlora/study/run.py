@@ -80,7 +80,11 @@ def resume(
     models: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Result:
-    """Goes on with an interrupted run, bit for bit as if it had not stopped; ``rounds`` is a new total."""
+    """Goes on with an interrupted run, bit for bit as if it had not stopped; ``rounds`` is a new total.
+
+    Raises UserError where the folder holds no run, or another process has it, or its data has changed; Interrupted on
+    Ctrl-C.
+    """
     place = files.existing(folder)
     with files.owned(place):
         config = load(place / "config.toml")
