@@ -215,6 +215,17 @@ def test_the_chat_template_is_used_where_there_is_one(tokenizer):
         tokenizer.chat_template = None
 
 
+@pytest.mark.parametrize("length", range(2, 8))
+def test_answers_may_take_the_whole_length(tokenizer, length: int):
+    """With a template no token is put in front: nothing of the prompt may be left."""
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    table = datasets.Dataset.from_dict({"prompt": ["p"], "response": ["0123456789"]})
+    store = CausalLM(max_length=length, whole=True).encode(table, tokenizer)
+    assert len(unit(store, 0)) == length
+    assert store.first.tolist() == [1]
+    assert 0 < store.bytes[0] <= len("p 0123456789")
+
+
 def tiny_lm(tokenizer):
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,

@@ -136,9 +136,9 @@ def distance(a: Tree, b: Tree) -> float:
 
 def data_similarity(names: list[str], distances: Mapping[str, Mapping[str, float]]) -> Pairs:
     """exp(-D / tau), tau the median non-zero distance; self 1. What is 1e-6 of the largest is rounding."""
-    every = [d for row in distances.values() for d in row.values()]
-    positive = [d for d in every if d > ROUNDING * max(every)]
-    tau = float(np.median(positive)) if positive else 1.0
+    every = np.array([d for row in distances.values() for d in row.values()])
+    positive = every[every > ROUNDING * every.max(initial=0.0)]
+    tau = float(np.median(positive)) if len(positive) else 1.0
     return {(i, j): 1.0 if i == j else math.exp(-distances[min(i, j)][max(i, j)] / tau) for i in names for j in names}
 
 

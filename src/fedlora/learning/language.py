@@ -125,8 +125,8 @@ class CausalLM:
             size = len(response.encode()) if seen else len(response[: ends[len(tail) - 1]].encode())
             first = len(ids) - len(tail)
             if self.whole:
-                unseen = lost + 1 - len(opening)  # nothing predicts the first token of all
-                size, first = size + len(prompt[heads[unseen - 1] if unseen and heads else 0 :].encode()), 1
+                unseen = heads[: lost + 1 - len(opening)]  # nothing predicts the first token of all
+                size, first = size + len(prompt[unseen[-1] if unseen else 0 :].encode()), 1
             rows.append([Unit(ids, max(first, 1), size)])
         return rows
 
