@@ -120,8 +120,10 @@ def test_models_that_mix_texts_are_refused_or_warned_of(name: str, caplog: pytes
         with pytest.raises(UserError, match="its layers see tokens before examples"):
             load_backbone(module, TEXT, labels=LABELS)
     else:
-        load_backbone(module, TEXT, labels=LABELS)
-        assert f"tokens of {name.lower()} see padding" in caplog.text
+        for adapt in (True, False):  # a base, and a client's own
+            caplog.clear()
+            load_backbone(module, TEXT, labels=LABELS, adapt=adapt)
+            assert f"tokens of {name.lower()} see padding" in caplog.text
 
 
 # -- what is read of a configuration

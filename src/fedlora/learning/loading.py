@@ -28,6 +28,7 @@ from fedlora.learning.sources import (
     settle_padding,
     stored,
     take_head,
+    warn_of_padding,
 )
 
 
@@ -70,6 +71,7 @@ def load_backbone(
             processor = load_processor(folder, kind) if processor is None else processor
         if adapt:
             require_adaptable(module, source)
+        warn_of_padding(module, source)
         head, path = None, ""
         if kind == "causal-lm":
             require_causal(module, source)

@@ -143,26 +143,37 @@ def two_stacks(source: str, config: Any) -> UserError:
 
 def require_adaptable(module: nn.Module, source: str) -> None:
     """Refuses a model of two stacks, which asks for a second text that no task here has, and models whose tokens
-    cannot be told apart by example; warns of those that padding changes."""
-    if not isinstance(module, PreTrainedModel):
+    cannot be told apart by example."""
+    core = core_of(module)
+    if core is None:
         return
-    core: Any = module.encoder if isinstance(module, PooledClassifier) else module.base_model
     both = hasattr(core, "encoder") and hasattr(core, "decoder")  # an encoder saved alone loads with a random decoder
     if both or getattr(core.config, "is_encoder_decoder", False):
         raise two_stacks(source, core.config)
-    kind = getattr(core.config, "model_type", None)
-    if kind in TOKENS_FIRST:
+    if (kind := core.config.model_type) in TOKENS_FIRST:
         raise UserError(
             f"[model] name = {source!r}: {kind} cannot be adapted, its layers see tokens before examples",
             "name another encoder (BERT, RoBERTa, ...)",
         )
-    if kind in SEE_PADDING:
+
+
+def warn_of_padding(module: nn.Module, source: str) -> None:
+    """Warns of models that padding changes, adapted or a client's own."""
+    core = core_of(module)
+    if core is not None and core.config.model_type in SEE_PADDING:
         log.warning(
             "[model] name = %r: tokens of %s see padding, so what it says of a text depends on the texts beside it, "
             "and numbers on [engine] lanes and tokens",
             source,
-            kind,
+            core.config.model_type,
         )
+
+
+def core_of(module: nn.Module) -> Any:
+    """A transformers model without what lies around it; None for a module of one's own."""
+    if not isinstance(module, PreTrainedModel):
+        return None
+    return module.encoder if isinstance(module, PooledClassifier) else module.base_model
 
 
 def require_causal(module: nn.Module, source: str) -> None:
