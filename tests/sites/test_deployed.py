@@ -202,9 +202,9 @@ def test_a_site_shows_what_leaves_and_what_went_wrong(tmp_path: Path) -> None:
     assert "passes within about a minute" in shown[-1]
     assert len(shown) == 3
     with (logs / "worker.log").open("a") as out:
-        out.write("ne WARNING\n")
+        out.write("ne WARNING\n  -> what to do\n  a traceback's line\n")
     run.look()
-    assert shown[3:] == ["half a line WARNING"]
+    assert shown[3:] == ["half a line WARNING", "  -> what to do"]
 
 
 def test_a_key_that_others_can_read_starts_nothing(tmp_path: Path) -> None:

@@ -260,8 +260,8 @@ class SiteRun:
         for name, words in WORTH.items():
             file = self.folder / "logs" / f"{name}.log"
             for line in self._new(file):
-                if any(word in line for word in words):
-                    self.say(line.strip())
+                if any(word in line for word in words) or line.startswith(REMEDY):
+                    self.say(line.rstrip())
                 if hint := next((hint for word, hint in HINTS.items() if word in line), None):
                     self.say(f"  -> {hint}")
 
@@ -282,6 +282,7 @@ WORTH = {
     "worker": ("INFO fedlora", "WARNING", "ERROR"),
     "supernode": ("retrying", "ERROR", "SuperNode ID", "[code:", "CERTIFICATE_VERIFY"),
 }
+REMEDY = "  -> "  # the second line of what a person can put right (``UserError``)
 HINTS = {
     "[code: 2004]": (
         "the server does not know this site's key, or still counts this site (or another with the same key) as "
