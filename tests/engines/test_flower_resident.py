@@ -42,12 +42,12 @@ def resident(toys: Fleet, tmp_path: Path) -> Resident:
     return found
 
 
-def body(toys: Fleet, *names: str, round: int = 1) -> list[dict[str, Any]]:
+def body(toys: Fleet, *names: str, round: int = 1, base: int | None = None) -> list[dict[str, Any]]:
     state = toys.algorithm.server_init(toys.spec, 0)
     return [
         request_plain(
             name,
-            Request("run", "train", round, 5, None, None, toys.algorithm.broadcast(state, toys.clients[name], round)),
+            Request("run", "train", round, 5, base, None, toys.algorithm.broadcast(state, toys.clients[name], round)),
         )
         for name in names
     ]
@@ -65,6 +65,25 @@ def test_it_answers_for_its_clients(resident: Resident, toys: Fleet) -> None:
         assert b.reply.update is not None
         assert same(a.reply.update.arrays, b.reply.update.arrays)
         assert (a.reply.update.weight, a.reply.update.sums) == (b.reply.update.weight, b.reply.update.sums)
+
+
+def test_an_update_that_the_server_did_not_take_is_named(
+    resident: Resident, toys: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    resident.ask("run", body(toys, "c0", "c1"), lambda: None)
+    resident.ask("run", body(toys, "c0"), lambda: None)  # its answer was lost on the way: the same question again
+    resident.ask("run", body(toys, "c0", round=2, base=1), lambda: None)
+    assert "did not take" not in caplog.text
+    resident.ask("run", [*body(toys, "c0", round=3, base=2), *body(toys, "c1", round=3)], lambda: None)
+    assert caplog.text.count("did not take") == 1
+    assert "client 'c1': the server did not take its update of round 1" in caplog.text
+    caplog.clear()
+    (judged,) = body(toys, "c1", round=3, base=1)
+    resident.ask("run", [{**judged, "kind": "evaluate"}], lambda: None)  # which follows training in its round
+    assert "its update of round 3" in caplog.text
+    caplog.clear()
+    resident.ask("run", [{**judged, "kind": "evaluate"}], lambda: None)
+    assert "did not take" not in caplog.text  # once is enough
 
 
 def test_clients_of_others_and_unknown_runs_are_refused(resident: Resident, toys: Fleet) -> None:

@@ -60,6 +60,8 @@ class Resident:
     folder: Path
     prepare: Callable[[Path, Hello], Ready] = ready
     runs: dict[str, tuple[Hello, Ready]] = field(default_factory=dict[str, tuple[Hello, Ready]])
+    sent: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
+    """The round of the last update that left, by run and client."""
 
     @property
     def name(self) -> str:
@@ -137,10 +139,26 @@ class Resident:
             return [Answer(name, None, str(problem)) for name, _, _ in asked]
         requests = {name: request for name, request, _ in asked if name in here.fleet.clients}
         written = {name for name, _, write in asked if write}
+        for name, request in requests.items():
+            self._look_back(run, name, request)
         found = [Answer(name, None, "it is not at this site") for name, _, _ in asked if name not in requests]
         found += work(here, requests, written, stop)
         here.fleet.flush()
+        self.sent |= {(run, a.client): a.reply.round for a in found if a.reply is not None and a.reply.update}
         return found
+
+    def _look_back(self, run: str, name: str, request: Request) -> None:
+        """Says where an update was for nothing: the server asks for a version of the client before it."""
+        last = self.sent.get((run, name))
+        again = last == request.round and request.kind != "evaluate"  # it has not heard this round's answer
+        if last is not None and not again and (request.base_version is None or request.base_version < last):
+            log.warning(
+                "client %r: the server did not take its update of round %d: it came late or was refused (fedlora "
+                "server status says which)",
+                name,
+                last,
+            )
+            del self.sent[run, name]
 
 
 def work(here: Ready, requests: Mapping[str, Request], written: set[str], stop: Stop) -> Iterator[Answer]:
