@@ -24,8 +24,9 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install fedlo
 from ray.cluster_utils import Cluster  # noqa: E402
 
 from engines.commands import ENVIRONMENT, command, done  # noqa: E402
-from fedlora.engines.ray.worker import Start, Worker, facts_of  # noqa: E402
+from fedlora.engines.ray.worker import Start, Worker  # noqa: E402
 from fedlora.errors import UserError  # noqa: E402
+from fedlora.sites import agreement  # noqa: E402
 from fedlora.study.config import load  # noqa: E402
 from fedlora.study.experiment import assemble  # noqa: E402
 from fedlora.study.run import resume, run  # noqa: E402
@@ -261,7 +262,7 @@ def test_an_actor_refuses_what_is_not_the_same(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     experiment = assemble(load(world(tmp_path)), folder)
-    plain, facts = experiment.config.model_dump(by_alias=True), facts_of(experiment)
+    plain, facts = experiment.config.model_dump(by_alias=True), agreement.facts_of(experiment)
     start = Start(plain, str(folder), {}, facts, experiment.population.digest)
     with pytest.raises(UserError, match=r"there is no run folder(.|\n)*shared file system"):
         Worker().load(start)

@@ -17,7 +17,7 @@ from fedlora.federation.wire import encode
 from fedlora.learning.backbone import Backbone
 from fedlora.learning.tasks import Task
 from fedlora.study.config import RunConfig
-from fedlora.study.experiment import Terms
+from fedlora.study.experiment import Experiment, Terms
 
 REMEDIES = {
     "fedlora": "install the same version at both ends",
@@ -47,6 +47,12 @@ def facts(
         "model": digest(json.dumps({**shapes, **numbers}, sort_keys=True).encode()),
         "start": digest(encode(start(spec, seed))),
     }
+
+
+def facts_of(experiment: Experiment) -> dict[str, str]:
+    """Those of an experiment that is put together."""
+    e = experiment
+    return facts(e.backbone, e.task, e.spec, e.algorithm, e.config.seed)
 
 
 def start(spec: ModelSpec, seed: int) -> Tree:

@@ -71,7 +71,7 @@ def ready(folder: Path, hello: Hello) -> Ready:
         own = Brought(hello.config, share.population, share.ranks, share.models)
     terms = replace(terms, ranks=own.ranks, models=own.models)
     experiment = assemble(own.config, folder, population=own.population, terms=terms)
-    facts = facts_of(experiment)
+    facts = agreement.facts_of(experiment)
     if hello.facts and (found := agreement.differences(hello.facts, facts)):
         raise UserError("; ".join(found))
     clients = tuple(client for _, client in sorted(experiment.fleet.clients.items()))
@@ -88,12 +88,6 @@ def ready(folder: Path, hello: Hello) -> Ready:
         return writer(experiment, names, places)
 
     return Ready(presence, experiment.fleet, learner, experiment.spent, deploys, allow)
-
-
-def facts_of(experiment: Experiment) -> dict[str, str]:
-    """What must be equal at all ends."""
-    e = experiment
-    return agreement.facts(e.backbone, e.task, e.spec, e.algorithm, e.config.seed)
 
 
 def writer(experiment: Experiment, names: set[str], places: Sequence[Path]) -> Deploy:

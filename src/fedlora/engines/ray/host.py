@@ -17,7 +17,7 @@ import ray
 import torch
 
 from fedlora.engines.ray.pool import Pool
-from fedlora.engines.ray.worker import Start, Told, Worker, facts_of, packed
+from fedlora.engines.ray.worker import Start, Told, Worker, packed
 from fedlora.errors import UserError
 from fedlora.federation.algorithm import Algorithm
 from fedlora.federation.exchange import Exchange, Partial, cut
@@ -26,6 +26,7 @@ from fedlora.federation.sampling import Cohorts
 from fedlora.federation.spec import Client, ModelSpec, Sums
 from fedlora.federation.wire import decode
 from fedlora.learning.backbone import Backbone
+from fedlora.sites import agreement
 from fedlora.study.config import EngineSettings, RunConfig, located
 from fedlora.study.experiment import Experiment
 from fedlora.study.summary import Metric
@@ -318,6 +319,6 @@ def maker(
     own = config.replace(engine={"device": "cuda"}) if gpu else config
     plain = located(own.model_dump(by_alias=True), Path.cwd())  # actors may run in another folder
     folder, digest = experiment.folder.resolve(), experiment.population.digest
-    start = ray.put(Start(plain, str(folder), dict(given), facts_of(experiment), digest))
+    start = ray.put(Start(plain, str(folder), dict(given), agreement.facts_of(experiment), digest))
     remote = ray.remote(num_cpus=config.engine.threads, num_gpus=int(gpu), max_restarts=0)(Worker)
     return remote.remote, lambda actor: actor.load.remote(start)

@@ -73,12 +73,6 @@ def heard() -> Iterator[Heard]:
         logger.removeHandler(handler)
 
 
-def facts_of(experiment: Experiment) -> dict[str, str]:
-    """What must be equal in all processes."""
-    e = experiment
-    return agreement.facts(e.backbone, e.task, e.spec, e.algorithm, e.config.seed)
-
-
 class Worker:
     """An actor. ``token`` names what was last decoded: a round's state is unpacked once, not for every shard."""
 
@@ -100,7 +94,7 @@ class Worker:
         experiment = assemble(config, folder, **start.given)
         if experiment.population.digest != start.data:
             raise UserError(f"{here}: the data or its split differ from the head's", "give all nodes the same files")
-        if found := agreement.differences(start.facts, facts_of(experiment)):
+        if found := agreement.differences(start.facts, agreement.facts_of(experiment)):
             raise UserError(f"{here}: {'; '.join(found)}")
         self.experiment = experiment
         return f"pid {os.getpid()} on {here}"
