@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedlora.adapters.peft import Base, fit_to, read, replacing, to_peft
+from fedlora.adapters.peft import Base, fit_to, from_peft, read, replacing, to_peft, whole_of
 from fedlora.errors import UserError
 from fedlora.federation.orders import Model, Outputs
 from fedlora.federation.spec import Tree
@@ -72,6 +72,31 @@ def test_an_adapter_of_another_base_is_refused() -> None:
         fit_to(tree, {"q": (3, 4)}, "there")
     with pytest.raises(UserError, match="it adapts 'q'"):
         fit_to(tree, {"k": (4, 3)}, "there")
+
+
+def test_saved_modules_that_nothing_would_read_are_refused() -> None:
+    table = torch.randn(5, 3)
+    base = Base("b", "SEQ_CLS", "classifier.out", {"dense.weight": torch.ones(3, 3), "e": table, "tied": table})
+    shapes = {"head/weight": (2, 3), "embedding/e": (5, 3)}
+    head, trained = {"head/weight": torch.zeros(2, 3)}, table + 1
+    same = {"embedding/dense.weight": torch.ones(3, 3).bfloat16()}  # PEFT saves a classifier's every part
+    assert whole_of(head | same, shapes, base, "there").keys() == head.keys()
+    assert whole_of({"embedding/e": trained, "embedding/tied": trained}, shapes, base, "there").keys() == {
+        "embedding/e"
+    }
+    for other in ({"embedding/dense.weight": torch.zeros(3, 3)}, {"norm/n.weight": torch.ones(3)}):
+        with pytest.raises(UserError, match="which this run does not train"):
+            whole_of(head | other, shapes, base, "there")
+    with pytest.raises(UserError, match="does not train"):  # no longer tied
+        whole_of({"embedding/e": trained, "embedding/tied": table}, shapes, base, "there")
+    with pytest.raises(UserError, match=r"head/weight is \(4, 3\), the run's is \(2, 3\)"):
+        whole_of({"head/weight": torch.zeros(4, 3)}, shapes, base, "there")
+
+
+def test_halves_do_not_round_the_scale() -> None:
+    config = {"peft_type": "LORA", "r": 6, "lora_alpha": 16}
+    tensors = {f"q.lora_{name}.weight": torch.ones(6, 6, dtype=torch.bfloat16) for name in "AB"}
+    assert float(from_peft(config, tensors)["q/scale"]) == pytest.approx(16 / 6, rel=1e-7)
 
 
 def halves(features: Tensor, params: Tree) -> Tensor:

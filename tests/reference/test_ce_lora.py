@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from itertools import product
 from typing import Any
@@ -79,6 +80,20 @@ def test_distance_is_a_transport_of_transports() -> None:
     assert distance(a, b) == pytest.approx(by_hand, abs=1e-8)
     assert distance(a, b) == pytest.approx(distance(b, a), abs=1e-10)
     assert distance(a, a) == pytest.approx(0, abs=1e-7)
+
+
+def test_no_solver_runs_where_there_is_one_plan_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients of few examples: one component a class. A population of 1,000 has half a million pairs of them."""
+    a, b = gaussians(1, (1, 1), (0, 4), (12, 4)), gaussians(2, (3, 1, 1), (1, 2, 4), (5, 3, 8))
+    ot, sizes = importlib.import_module("ot"), list[tuple[int, ...]]()
+
+    def solved(p: Any, q: Any, cost: Any, emd2: Any = ot.emd2) -> Any:
+        sizes.append(cost.shape)
+        return emd2(p, q, cost)
+
+    monkeypatch.setattr(ot, "emd2", solved)
+    distance(a, b)
+    assert sizes == [(2, 3)]
 
 
 def test_statistics_of_single_gaussians() -> None:

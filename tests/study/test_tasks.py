@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import fedlora
 from fedlora.errors import UserError
@@ -98,6 +99,10 @@ def test_a_run_starts_from_an_exported_adapter(tmp_path: Path) -> None:
         run(file, tmp_path / "small", "adapter.from=adapter", "algorithm.merge=bucket", "algorithm.bucket_rank=2")
     with pytest.raises(UserError, match="rank 8"):
         run(file, tmp_path / "fourth", "adapter.from=adapter", "clients.ranks=[2, 8]", "algorithm.name=flexlora")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(weights) | {"base_model.model.encoder.embeddings.LayerNorm.bias": torch.ones(32)}, weights)
+    with pytest.raises(UserError, match=r"brings its own 'encoder.embeddings.LayerNorm.bias'"):
+        run(file, tmp_path / "fifth", "adapter.from=adapter")
 
 
 def test_dirichlet_clients_with_label_spaces_of_their_own(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ Away from ties both say the same. Ways, cheapest first; each hands on to the nex
    iteration where few of many are wanted; checked by residuals.
 4. The same in float64 (``gram``), whose squares lose nothing that matters: directions below 1e-8 of the largest.
 
-Where the factors' rank is below half the smaller side, 3 and 4 work on their core.
+Where the factors' rank is below half the smaller side, 3 and 4 work on their core. Factors whose terms nearly cancel
+are left to 2 and 4, and values at the cut that float32 hardly tells apart are told apart by one product in float64.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ from torch.nn import functional
 
 from fedlora.adapters.algebra import factors, linalg
 from fedlora.adapters.change import Change, Leading, dense_svd, orthonormal, qr, with_rest
-from fedlora.adapters.subspace import TOLERANCE, filtered, iterate, width
+from fedlora.adapters.subspace import TOLERANCE, filtered, iterate, settled, width
 from fedlora.federation.spec import Tree, stream
 
 DEAD = 1e-10  # singular values below this share of the largest are rounding
 SMALL = 256  # smaller sides up to this one are decomposed densely
 TILE = 256  # rows whose Gram matrix is one product
+TERMS = 16  # of |dW|: terms whose rounding in float32 is still below 1e-5 of their sum
 MANY = 16  # eigenvectors for each wanted one above which the wanted are iterated for
 
 
@@ -115,7 +117,7 @@ def leading(change: Change, rank: int, seed: int, start: Tensor | None = None) -
         if small.right is not None and small.left.numel() + small.right.numel() >= math.prod(small.shape):
             small = Change(small.product())
         found = iterate(small, rank, seed, start) or flat(small, rank, seed)
-        if found is not None:
+        if found is not None and not _cancels(change, math.hypot(found.rest, float(linalg.vector_norm(found.s)))):
             return found
     wide = change.to(torch.float64)
     if min(wide.shape) <= SMALL:
@@ -126,6 +128,14 @@ def leading(change: Change, rank: int, seed: int, start: Tensor | None = None) -
     (left, upper), (right, lower) = orthonormal(wide.left), orthonormal(wide.right.T)
     found = gram(upper @ lower.T, min(rank, len(upper)))
     return replace(found, u=left @ found.u, v=right @ found.v)
+
+
+def _cancels(change: Change, size: float) -> bool:
+    """Whether the terms of a product sum to so little, ``size``, that float32's rounding of them is much of it."""
+    if change.right is None:
+        return False
+    terms = linalg.vector_norm(change.left.double(), dim=0) * linalg.vector_norm(change.right.double(), dim=1)
+    return float(linalg.vector_norm(terms)) > TERMS * size
 
 
 def flat(change: Change, rank: int, seed: int) -> Leading | None:
@@ -159,9 +169,8 @@ def flat(change: Change, rank: int, seed: int) -> Leading | None:
     if upper is not None:
         vectors = change.left @ linalg.solve_triangular(upper, vectors, upper=True)
     u, _ = orthonormal(vectors.double())
-    right, core = orthonormal(change.transposed.times(u.float()).double())
-    inner, s, vt = dense_svd(core.T)
-    u, v = u @ inner, right @ vt.T
+    found = settled(change.transposed, u, change.transposed.times(u.float()).double(), rank).swapped
+    u, s, v = found.u, found.s, found.v
     missed = (change.times(v.float()).double() - u * s).square().sum(0)[:rank]
     every = s**2
     gap = every[:rank] - every[rank + (len(every) - rank) // 4]

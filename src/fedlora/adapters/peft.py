@@ -23,7 +23,7 @@ from fedlora.adapters.algebra import linalg, product, sites, stack, whole
 from fedlora.adapters.lora import LaneLinear
 from fedlora.errors import UserError
 from fedlora.federation.orders import Model, logits
-from fedlora.federation.spec import Tree
+from fedlora.federation.spec import Shape, Tree
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -293,7 +293,7 @@ def _scale(config: Mapping[str, Any], tree: Tree, site: str, place: str) -> Tens
         shapes = f"lora_A {tuple(right.shape)}, lora_B {tuple(left.shape)}"
         raise UserError(f"{place}: {site} has {shapes}, but {CONFIG} says rank {rank}", "use matching files")
     scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return torch.tensor(scale, dtype=right.dtype)
+    return torch.tensor(scale, dtype=torch.promote_types(right.dtype, torch.float32))  # halves would round it
 
 
 def _looked_up(patterns: Mapping[str, Any] | None, site: str, default: Any) -> Any:
@@ -364,6 +364,31 @@ def fit_to(tree: Tree, shapes: Mapping[str, tuple[int, int]], place: str) -> Non
             raise UserError(f"{place}: it adapts {site!r}, which this run does not (it has {known}, ...)", _REMEDY)
         if own != tuple(shapes[site]):
             raise UserError(f"{place}: {site} is {own[0]} x {own[1]}, the model's is {shapes[site]}", _REMEDY)
+
+
+def whole_of(tree: Tree, shapes: Mapping[str, Shape], base: Base, place: str) -> dict[str, Tensor]:
+    """The whole parameters of an imported tree, without those that only repeat the base or a tied one of the tree.
+    UserError for any that is none of the run's, which nothing would read, or that has another shape."""
+    found = {name: value for name, value in whole(tree).items() if name in shapes}
+    for name, value in found.items():
+        if tuple(value.shape) != tuple(shapes[name]):
+            both = f"{tuple(value.shape)}, the run's is {tuple(shapes[name])}"
+            raise UserError(f"{place}: {name} is {both}", "use an adapter of this base model and of as many labels")
+    for name, value in whole(tree).items():
+        path = base.path(name)
+        tied = [other for key, other in found.items() if base.path(key) in base.aliases(path)]
+        known = tied or [base.values[path]] if path in base.values else []
+        if name not in found and not any(_alike(value, other) for other in known):
+            raise UserError(
+                f"{place}: it brings its own {path!r}, which this run does not train",
+                "set head, norm or embedding in [adapter.extras] to what trains it, or give an adapter without it",
+            )
+    return found
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two values are the same in bfloat16: bases are loaded in several types."""
+    return a.shape == b.shape and torch.equal(a.cpu().bfloat16(), b.cpu().bfloat16())
 
 
 _REMEDY = "use an adapter of this base model, or set [adapter] targets and layers to the layers that it adapts"

@@ -24,6 +24,7 @@ ROUGH = 4  # products in bfloat16 that come first
 FILTERS = 12  # polynomials that the filtered iteration may take
 ROUNDING = 1e-6  # share of the largest eigenvalue below which float32 knows nothing of a smaller one
 GROWTH = 1e4  # of the largest direction over the smallest in one polynomial: float32 still holds both
+TIED = 1e-3  # of a relative gap at the cut over the share s^2 of |dW|^2: below, rounding of float32 mixes too much
 NOISE = 3e-2  # share of every start's vector that is random: no start is blind to a direction for long
 
 
@@ -45,14 +46,14 @@ def iterate(change: Change, rank: int, seed: int, start: Tensor | None = None) -
     for taken in range(STEPS):
         image = step.times(basis.float()).double()
         limit = math.inf if found is None else bound(found, image, rank)
-        partner, core = orthonormal(image)
-        inner, s, vt = dense_svd(core)
         if limit <= TOLERANCE:
-            left, right = partner @ inner[:, :rank], basis @ vt[:rank].T
-            return with_rest(change, *((right, s[:rank], left) if turned else (left, s[:rank], right)))
-        if found is None and float(s[-1]) > EVEN * float(s[rank - 1]):
+            found = settled(step, basis, image, rank)
+            found = found.swapped if turned else found
+            return with_rest(change, found.u[:, :rank], found.s[:rank], found.v[:, :rank])
+        first, found = found is None, within(basis, image)
+        s = found.s
+        if first and float(s[-1]) > EVEN * float(s[rank - 1]):
             return None
-        found = Leading(partner @ inner, s, basis @ vt.T)
         checked += limit < math.inf
         if checked and _hopeless(s, rank, limit, previous, STEPS - 1 - taken):
             return None
@@ -110,6 +111,26 @@ def bound(found: Leading, image: Tensor, rank: int) -> float:
     moved = torch.minimum(mixed.nan_to_num(math.inf, math.inf), s + t + e)
     passed = (every[rank:] + DOUBT * residuals[rank:] - s[-1]).clamp_min(0)
     return math.sqrt(float((moved.sum() + passed.sum()) / every.sum().clamp_min(1e-300)))
+
+
+def within(basis: Tensor, image: Tensor) -> Leading:
+    """The triplets of dW within the columns of an orthonormal basis. ``image``: dW times these."""
+    partner, core = orthonormal(image)
+    inner, s, vt = dense_svd(core)
+    return Leading(partner @ inner, s, basis @ vt.T)
+
+
+def settled(step: Change, basis: Tensor, image: Tensor, rank: int) -> Leading:
+    """``within``, by a product in float64 where the singular values at the cut are close.
+
+    Rounding of eps turns a wanted direction by eps s / gap towards the next one, which loses (eps s)^2 2 s / gap of
+    |dW|^2 (2 s gap at most): more than is allowed of values that float32 hardly tells apart.
+    """
+    found = within(basis, image)
+    s, after = float(found.s[rank - 1]), float(found.s[rank])
+    if s > 0 and (s - after) / s * float(found.s.square().sum()) < TIED * s**2:
+        return within(basis, step.to(torch.float64).times(basis))
+    return found
 
 
 def _hopeless(s: Tensor, rank: int, limit: float, previous: float, left: int) -> bool:

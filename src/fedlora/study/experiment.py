@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from fedlora.adapters.algebra import adapter as adapter_of
 from fedlora.adapters.algebra import ranks as ranks_of
-from fedlora.adapters.peft import fit_to, read
+from fedlora.adapters.peft import describe, fit_to, read, whole_of
 from fedlora.data.population import Population, build, from_datasets
 from fedlora.data.profiles import RankProfile, ranks
 from fedlora.data.validation import Validated
@@ -365,6 +366,8 @@ def _started(
         raise UserError(f"{place}: {config.algorithm.name} does not begin with one given adapter", "leave it out")
     tree = read(Path(str(config.adapter.start)), backbone.head_path)
     fit_to(tree, spec.sites, place)
+    base = describe(backbone.module, backbone.name, head=backbone.head_path)
+    tree = adapter_of(tree) | whole_of(tree, spec.whole, base, place)
     for site, rank in ranks_of(tree).items():
         for client, own in by_site.items():
             if own[site] < rank:
