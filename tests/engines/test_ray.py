@@ -252,7 +252,8 @@ def test_without_ray_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     assert not (tmp_path / "there").exists()
 
 
-def test_no_cluster_where_the_run_file_says(tmp_path: Path) -> None:
+def test_no_cluster_where_the_run_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # the slow tests' connection would be used as it is
     config = load(world(tmp_path), ["engine.name=ray", "engine.address=127.0.0.1:9"])
     with pytest.raises(UserError, match=r"\[engine\] address = '127.0.0.1:9'(.|\n)*ray start --head"):
         run(config, out=tmp_path / "there")
