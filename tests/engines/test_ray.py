@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install fedlo
 from ray.cluster_utils import Cluster  # noqa: E402
 
 from engines.commands import ENVIRONMENT, command, done  # noqa: E402
+from fedlora.engines.ray.host import WAIT  # noqa: E402
 from fedlora.engines.ray.worker import Start, Worker  # noqa: E402
 from fedlora.errors import UserError  # noqa: E402
 from fedlora.sites import agreement  # noqa: E402
@@ -251,10 +253,30 @@ def test_without_ray_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     assert not (tmp_path / "there").exists()
 
 
-def test_no_cluster_where_the_run_file_says(tmp_path: Path) -> None:
+def test_no_cluster_where_the_run_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # the slow tests' connection would be used as it is
     config = load(world(tmp_path), ["engine.name=ray", "engine.address=127.0.0.1:9"])
     with pytest.raises(UserError, match=r"\[engine\] address = '127.0.0.1:9'(.|\n)*ray start --head"):
         run(config, out=tmp_path / "there")
+
+
+def test_what_is_no_cluster_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something listens there, but it is not Ray: one attempt takes 40 s, and by default there would be twenty."""
+    attempts: list[str | None] = []
+
+    def init(address: str, **options: Any) -> None:
+        attempts.append(os.environ.get(WAIT))
+        raise ConnectionError(f"Failed to connect to Ray cluster at {address}")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        config = load(world(tmp_path), ["engine.name=ray", f"engine.address=127.0.0.1:{port}"])
+        with pytest.raises(UserError, match=rf"\[engine\] address = '127.0.0.1:{port}': Failed to connect"):
+            run(config, out=tmp_path / "there")
+    assert attempts == ["1"]
+    assert WAIT not in os.environ  # a private Ray would wait no longer for its own
 
 
 def test_an_actor_refuses_what_is_not_the_same(tmp_path: Path) -> None:

@@ -48,8 +48,8 @@ def actor(folder: Path) -> Any:
 def pools(connection: None, tmp_path: Path) -> Iterator[Pools]:
     made: list[Pool] = []
 
-    def make(actors: int = 2, patience: float = 60.0) -> Pool:
-        remote = ray.remote(num_cpus=1)(actor(tmp_path))
+    def make(actors: int = 2, patience: float = 60.0, cores: float = 1) -> Pool:
+        remote = ray.remote(num_cpus=cores)(actor(tmp_path))
         made.append(Pool(remote.remote, lambda one: one.load.remote(), actors, patience))
         return made[-1]
 
@@ -86,6 +86,19 @@ def test_a_killed_actors_item_is_done_by_another(pools: Pools, tmp_path: Path) -
     assert len(pool.members) == 2
     again = [small for small, _ in pool.each(call, ["x", "y", "z"])]
     assert again == ["X", "Y", "Z"]
+
+
+def test_actors_that_ended_while_they_had_nothing_to_do_are_not_the_items_fault(pools: Pools) -> None:
+    """As many as may end over an item, all at once, as with a node: the item goes to those that take their place."""
+    pool = pools(3, cores=0.5)
+    pool.open()
+    while pool.loading:
+        list(pool.each(call, ["a"]))
+    for member in pool.idle:
+        os.kill(int(member.where.split()[-1]), signal.SIGKILL)
+    assert [small for small, _ in pool.each(call, ["b"])] == ["B"]
+    assert len(pool.members) == 3
+    assert not {1, 2, 3} & {member.number for member in pool.idle}
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -11,8 +11,10 @@ from federation.doubles import SPEC, Slow, Toy, request, simulator
 from fedlora.engines.simulator import WINDOW
 from fedlora.federation.algorithm import Update
 from fedlora.federation.client import Job
+from fedlora.federation.memory import RamMemory
 from fedlora.federation.orders import Model, Score, Work
 from fedlora.federation.rounds import rounds
+from fedlora.federation.sampling import Cohorts
 from fedlora.federation.spec import Local, Tree
 from fedlora.federation.wire import frame_size
 
@@ -43,6 +45,32 @@ def test_a_failed_job_loses_its_client_and_nobody_else(caplog: pytest.LogCapture
     assert all(report.folded == ("c0000", "c0002", "c0004") for report in reports[1:])
     assert "c0001" in caplog.text
     assert "FloatingPointError: diverged" in caplog.text
+
+
+@dataclass(eq=False)
+class Counted(RamMemory):
+    """Notes when it is made durable."""
+
+    client: str
+    flushed: list[str]
+
+    def __post_init__(self) -> None:
+        super().__init__(self.client)
+
+    def flush(self) -> None:
+        self.flushed.append(self.client)
+
+
+def test_what_a_round_makes_durable_does_not_grow_with_the_clients_of_earlier_ones() -> None:
+    flushed: list[str] = []
+    fleet = replace(simulator(Slow(), 40, 2), store=lambda id: Counted(id, flushed))
+    seen: set[str] = set()
+    for report in rounds(fleet.algorithm, SPEC, fleet, total=9, seed=0, sampler=Cohorts(4)):
+        fleet.flush()
+        assert sorted(flushed) == list(report.folded)
+        seen |= {*flushed}
+        flushed.clear()
+    assert len(seen) > 20
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 import fedlora
 from conformance.table import TABLE, world
 from fedlora.algorithms import ALGORITHMS
+from fedlora.algorithms.fedit import FedIT
+from fedlora.federation.orders import Objective, cross_entropy
 from fedlora.learning.backbone import Backbone
 from fedlora.learning.loading import load_backbone
 from fedlora.learning.tasks import TextClassification
@@ -25,6 +27,10 @@ LABELS = ("malign", "benign")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return encoder(tmp_path_factory.mktemp("model") / "enc")
+
+
+def other(outputs: Any, params: Any, batch: Any) -> torch.Tensor:
+    return cross_entropy(outputs, params, batch)
 
 
 def loaded(model: Path, labels: tuple[str, ...] = LABELS) -> Backbone:
@@ -98,6 +104,18 @@ def test_an_algorithm_s_fact_is_the_same_in_every_process(name: str) -> None:
     found = algorithm_fact(ALGORITHMS[name]())
     assert " at 0x" not in found
     assert found == algorithm_fact(ALGORITHMS[name]())
+
+
+@dataclass(frozen=True)
+class Own(FedIT):
+    """Has a function among its parameters."""
+
+    objective: Objective = cross_entropy
+
+
+def test_a_function_is_told_by_name_not_by_its_place_in_memory() -> None:
+    assert "objective=<function cross_entropy>" in algorithm_fact(Own())
+    assert algorithm_fact(Own(objective=other)) != algorithm_fact(Own())
 
 
 @pytest.mark.parametrize("name", sorted(TABLE))

@@ -58,6 +58,7 @@ class Simulator:
     strangers: frozenset[str] = frozenset()
     deploy: Callable[[str, Mapping[str, Model], Mapping[str, Sums]], None] | None = None
     stores: dict[str, Store] = field(default_factory=dict[str, Store])
+    asked: set[str] = field(init=False, default_factory=set[str])  # since the last flush
 
     def available(self, round: int) -> Sequence[Client]:
         """Everybody but the strangers, in every round."""
@@ -69,9 +70,11 @@ class Simulator:
         return tuple(self.clients[name] for name in sorted(self.clients) if name not in self.strangers)
 
     def flush(self) -> None:
-        """Makes all client memories durable: before a checkpoint is saved."""
-        for store in self.stores.values():
-            store.flush()
+        """Makes all client memories durable: before a checkpoint is saved. Only of those asked since the last time:
+        in the end there may be very many."""
+        for name in sorted(self.asked):
+            self.stores[name].flush()
+        self.asked.clear()
 
     def program(self, name: str, request: Request) -> Program:
         """The client's side of a request."""
@@ -82,6 +85,7 @@ class Simulator:
         """Where a client's program runs: its memory, and what it knows."""
         if name not in self.stores:
             self.stores[name] = self.store(name)
+        self.asked.add(name)
         client, (examples, counts) = self.clients[name], self.facts(name)
         local = Local(client, self.spec, request.round, request.rounds, self.run_seed, examples, counts)
         return self.stores[name], local

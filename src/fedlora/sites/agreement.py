@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -66,10 +67,12 @@ def digest(content: bytes) -> str:
 
 
 def algorithm_fact(algorithm: Algorithm[Any, Any, Any]) -> str:
-    """Its name and parameters, and the digest of the file that it is written in."""
+    """Its name and parameters, and the digest of the file that it is written in; functions among the parameters by
+    their names, for where they lie in memory is every process's own."""
     cls = type(algorithm)
     source = inspect.getsource(inspect.getmodule(cls) or cls)
-    return f"{algorithm!r} {digest(source.encode())}"
+    parameters = re.sub(r" at 0x[0-9a-f]+>", ">", repr(algorithm))
+    return f"{parameters} {digest(source.encode())}"
 
 
 def tokenizer(processor: Any) -> str:

@@ -16,7 +16,7 @@ from fedlora.algorithms import ALGORITHMS
 from fedlora.data.keys import meant
 from fedlora.errors import UserError
 from fedlora.federation.algorithm import Algorithm
-from fedlora.federation.orders import Training
+from fedlora.federation.orders import Optimizer, Training
 from fedlora.federation.spec import Extras
 from fedlora.study.config import RunConfig, TrainingSettings
 
@@ -83,7 +83,7 @@ def overlaid(training: Training, stated: TrainingSettings) -> Training:
         key: getattr(stated, key) for key in ("lr", "momentum", "weight_decay", "clip")
     }
     optimizer = dataclasses.replace(optimizer, **{k: v for k, v in simple.items() if v is not None})
-    if stated.head_lr is not None:
+    if stated.head_lr not in (None, head_lr(optimizer)):  # what it has already stays as it is written
         others = tuple(pair for pair in optimizer.lrs if pair[0] != "head")
         optimizer = dataclasses.replace(optimizer, lrs=(*others, ("head", stated.head_lr)))
     length: dict[str, Any] = {}
@@ -93,6 +93,15 @@ def overlaid(training: Training, stated: TrainingSettings) -> Training:
         length = {"epochs": stated.epochs, "steps": None}
     rest = {key: getattr(stated, key) for key in ("batch_size", "schedule") if getattr(stated, key) is not None}
     return dataclasses.replace(training, optimizer=optimizer, **length, **rest)
+
+
+def head_lr(optimizer: Optimizer) -> float:
+    """The rate of heads.
+
+    >>> head_lr(Optimizer(lr=0.1)), head_lr(Optimizer(lr=0.1, lrs=(("head", 0.2),)))
+    (0.1, 0.2)
+    """
+    return dict(optimizer.lrs).get("head", optimizer.lr)
 
 
 def settled(algorithm: Algorithm[Any, Any, Any], smallest: int) -> Algorithm[Any, Any, Any]:
@@ -115,7 +124,7 @@ def stated(config: RunConfig, algorithm: Algorithm[Any, Any, Any]) -> RunConfig:
             "schedule": training.schedule,
             "optimizer": optimizer.name,
             "lr": optimizer.lr,
-            "head_lr": dict(optimizer.lrs).get("head", optimizer.lr),
+            "head_lr": head_lr(optimizer),
             "momentum": optimizer.momentum,
             "weight_decay": optimizer.weight_decay,
             "clip": optimizer.clip,

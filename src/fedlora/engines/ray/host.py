@@ -33,6 +33,8 @@ from fedlora.study.summary import Metric
 
 log = logging.getLogger(__name__)
 SECONDS = 10.0
+WAIT = "RAY_gcs_server_port_wait_time_s"
+"""Ray's variable for how often it tries to reach a cluster, a second apart."""
 TURNS = 4
 """The most shards of an actor in a round: one that is slow, or lost, leaves little for the others to wait for."""
 
@@ -249,7 +251,8 @@ def connected(engine: EngineSettings) -> Iterator[None]:
             ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
         else:
             reach(engine.address)
-            ray.init(address=engine.address, **quiet)
+            with one_attempt():
+                ray.init(address=engine.address, **quiet)
     except (OSError, RuntimeError, ValueError) as problem:
         raise UserError(
             f"[engine] address = {engine.address!r}: {problem}",
@@ -266,6 +269,19 @@ def reach(address: str) -> None:
     host, colon, port = address.rpartition(":")
     if colon and port.isdigit() and "/" not in host:
         socket.create_connection((host, int(port)), SECONDS).close()
+
+
+@contextmanager
+def one_attempt() -> Iterator[None]:
+    """Where something else listens (the dashboard, say), Ray would take a quarter of an hour to give up: twenty times
+    its own limit. Only meanwhile: a private Ray reads the same variable when it starts."""
+    given = os.environ.get(WAIT)
+    os.environ[WAIT] = given or "1"
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[WAIT]
 
 
 def sized(engine: EngineSettings, gpu: bool, resources: Mapping[str, float]) -> int:

@@ -68,7 +68,8 @@ class Shift:
 @dataclass(eq=False)
 class Pool:
     """So many actors, replaced as they are lost. ``make``: a fresh one; ``load``: has it load, a reference to where it
-    is; ``patience``: seconds in which at least one must have loaded."""
+    is; ``patience``: seconds in which at least one must have loaded. ``loading``: also those that are asked whether
+    they are still there."""
 
     make: Callable[[], Any]
     load: Callable[[Any], Any]
@@ -112,6 +113,14 @@ class Pool:
         self.end(member)
         self.add()
 
+    def doubt(self) -> None:
+        """Who has nothing to do must answer before it is given anything: it may have ended with the node of one that is
+        lost, and an item that is given to such actors in turn would seem to be what ends them."""
+        for member in self.idle:
+            self.loading[member.handle.__ray_ready__.remote()] = member
+        self.idle.clear()
+        self.since = time.monotonic()
+
     def each(self, call: Call, items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
         """(small, large) results of all items, in the items' order; the large ones are fetched one at a time."""
         shift = Shift(call, items, list(range(len(items))))
@@ -135,6 +144,7 @@ class Pool:
             return small, ray.get(large)
         except LOST as problem:
             log.warning("the result of %s is lost with its node: %s", shift.items[turn], brief(problem))
+            self.doubt()
             shift.again(turn, problem)
             return None
 
@@ -162,9 +172,9 @@ class Pool:
             )
 
     def loaded(self, member: Member, reference: Any) -> None:
-        """An actor has loaded, or has not."""
+        """An actor has loaded, or has not; or it has said that it is still there."""
         try:
-            member.where = fetch(reference)
+            answer = fetch(reference)
         except LOST as problem:
             self.failures += 1
             log.warning("%s is lost: %s", member, brief(problem))
@@ -175,8 +185,9 @@ class Pool:
                 ) from problem
             self.replace(member)
             return
-        self.failures = 0
-        log.info("%s is ready", member)
+        if not member.where:
+            self.failures, member.where = 0, answer
+            log.info("%s is ready", member)
         self.idle.append(member)
 
     def finished(self, shift: Shift, reference: Any) -> None:
@@ -187,6 +198,7 @@ class Pool:
         except LOST as problem:
             log.warning("%s is lost: %s is given to another (%s)", member, shift.items[index], brief(problem))
             self.replace(member)
+            self.doubt()
             shift.again(index, problem)
             return
         self.idle.append(member)
