@@ -114,26 +114,34 @@ def transport(a: Any, b: Any, cost: Any) -> float:
         raise UserError(
             "ce-lora compares clients with POT, which is not installed", "pip install 'fedlora[ce-lora]'"
         ) from error
-    if 1 in cost.shape:  # there is one plan only: classes of few examples have one component, and checks are slow
+    if 1 in cost.shape:  # there is one plan only: classes of few examples have one component
         return float(a @ cost @ b)
-    return float(ot.emd2(a, b, np.ascontiguousarray(cost)))
+    fast = {"check_marginals": False, "center_dual": False}  # checks of what is checked, and what is not read
+    return float(ot.emd2(a, b, np.ascontiguousarray(cost), **fast))
 
 
 def distance(a: Tree, b: Tree) -> float:
     """D between two clients: the square root of the transport between their classes, any class to any class, whose cost
     is the transport between the classes' mixtures, whose cost is ``|m - m'|^2 + sum (sigma - sigma')^2``."""
     sigma_a, sigma_b = a["variances"].sqrt(), b["variances"].sqrt()
-    cost = (a["means"][:, None] - b["means"]).square().sum(-1) + (sigma_a[:, None] - sigma_b).square().sum(-1)
-    classes_a, classes_b = (classes(t["class"]) for t in (a, b))
-    between = np.zeros((len(classes_a), len(classes_b)))
-    for i, p in enumerate(classes_a):
-        for j, q in enumerate(classes_b):
-            rows, columns = a["class"] == p, b["class"] == q
-            shares_a, shares_b = a["shares"][rows].numpy(), b["shares"][columns].numpy()
-            between[i, j] = transport(shares_a, shares_b, cost[rows][:, columns].numpy())
-    mass_a = np.array([float(a["counts"][a["class"] == c][0]) for c in classes_a])
-    mass_b = np.array([float(b["counts"][b["class"] == c][0]) for c in classes_b])
-    return math.sqrt(max(0.0, transport(mass_a / mass_a.sum(), mass_b / mass_b.sum(), between)))
+    cost: Any = (a["means"][:, None] - b["means"]).square().sum(-1) + (sigma_a[:, None] - sigma_b).square().sum(-1)
+    cost = cost.numpy()
+    (rows, shares_a, mass_a), (columns, shares_b, mass_b) = _by_class(a), _by_class(b)
+    between = np.array(
+        [
+            [transport(p, q, cost[own][:, others]) for others, q in zip(columns, shares_b, strict=True)]
+            for own, p in zip(rows, shares_a, strict=True)
+        ]
+    )
+    return math.sqrt(max(0.0, transport(mass_a, mass_b, between)))
+
+
+def _by_class(found: Tree) -> tuple[list[Any], list[Any], Any]:
+    """Of every class: its components' numbers and shares; and the classes' shares of all examples."""
+    labels, shares = found["class"].numpy(), found["shares"].numpy()
+    rows = [np.flatnonzero(labels == c) for c in np.unique(labels)]
+    counts = found["counts"].numpy()[[own[0] for own in rows]].astype(np.float64)
+    return rows, [shares[own] for own in rows], counts / counts.sum()
 
 
 def data_similarity(names: list[str], distances: Mapping[str, Mapping[str, float]]) -> Pairs:
