@@ -55,6 +55,23 @@ def test_the_test_data_of_a_folder_that_nobody_reads(tmp_path: Path, name: str) 
     assert not any("not read" in warning for warning in _warnings(train=str(folder), test=str(folder)))
 
 
+def test_labels_of_few_templates_that_no_test_row_has(tmp_path: Path) -> None:
+    """Near-copies stay on one side, so a label whose rows are made of two templates may be all training."""
+    templates = {"fx": ("rate of the euro", "price of a dollar"), "card": ("my card is lost", "please block it now")}
+    rows = [
+        {"text": f"{text} {i}", "label": name} for name, two in templates.items() for text in two for i in range(20)
+    ]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + _lines(80))
+    (warning,) = _warnings(train=str(file), partition=PartitionSettings(clients=4))
+    assert warning == (
+        "no test example has 'card', 'fx', of 30 and more: near-copies stay together (data.test may name others)"
+    )
+    others = tmp_path / "test.jsonl"  # what a user's own test file has is his choice
+    others.write_text(_lines(10))
+    assert not any(line.startswith("no test example") for line in _warnings(train=str(file), test=str(others)))
+
+
 def test_the_other_datasets_of_a_saved_folder(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_list([json.loads(line) for line in _lines(40).splitlines()])
     parts = {"train": rows, "test": rows.select(range(4))}

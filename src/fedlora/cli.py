@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from fedlora.errors import Interrupted, UserError, refused
 from fedlora.sites import commands
@@ -55,7 +57,16 @@ RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="a run folder")]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="change one key")]
 
 
-@app.command()
+class Keyed(TyperCommand):
+    """A command whose help ends with the keys of a run file; they are imported when they are asked for."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from fedlora.study.keys import reference
+
+        formatter.write(f"\n{reference()}\n")
+
+
+@app.command(cls=Keyed)
 def run(
     file: RunFile,
     changes: Changes = None,

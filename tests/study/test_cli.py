@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from fedlora.cli import app
 from fedlora.errors import UserError
+from fedlora.study.config import RunConfig
 from study import tiny
 
 RUNNER = CliRunner()
@@ -91,6 +93,20 @@ def test_data_shows_clients_and_trains_nothing(done: Path) -> None:
     text = fedlora("data", done / "config.toml")
     assert "St. A/ward 0" in text
     assert "animals" in text
+
+
+def test_help_names_every_key_as_errors_say(tmp_path: Path) -> None:
+    said = fedlora("run", "--help")
+    for table, key in (("model", "name"), ("adapter", "from"), ("adapter.extras", "head"), ("data.partition", "alpha")):
+        assert key in said.partition(f"[{table}]\n")[2].splitlines()[0].replace(",", " ").split()
+    for section, model in RunConfig.model_fields.items():
+        keys = getattr(model.annotation, "model_fields", {section: model})
+        assert {field.alias or name for name, field in keys.items()} <= set(re.findall(r"\w+", said))
+    assert all(line == "" or len(line) <= 100 for line in said.partition("Keys")[2].splitlines())
+    file = tmp_path / "my.toml"
+    file.write_text("")
+    refused = RUNNER.invoke(app, ["run", str(file)])
+    assert "fedlora run --help" in str(refused.exception)
 
 
 def test_evaluate_predict_export_and_personalize(done: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +96,27 @@ def test_a_study_from_its_file(tmp_path: Path) -> None:
     (tmp_path / "my.toml").write_text((tmp_path / "my.toml").read_text().replace("rounds = 2", "rounds = 1"))
     with pytest.raises(UserError, match="another base"):
         compare(file, tmp_path / "out")
+
+
+def test_a_cell_that_changed_under_its_name_is_not_read_as_the_old_one(tmp_path: Path) -> None:
+    tiny.run_file(tmp_path, data='partition = {by = "iid", clients = 2}\n', training="rounds = 1\n")
+    file, out = tmp_path / "study.toml", tmp_path / "out"
+    text = 'base = "my.toml"\nseeds = [0]\n{cells}[[cells]]\nname = "mine"\ntraining.lr = {rate}\n'
+    other = '[[cells]]\nname = "other"\nalgorithm = {name = "local"}\n'
+    for cells in (other, ""):  # the second time without the other cell, whose runs stay
+        file.write_text(text.format(cells=cells, rate=0.001))
+        compare(file, out)
+    file.write_text(text.format(cells=other.replace("local", "fedit"), rate=0.001))
+    with pytest.raises(UserError, match=r"'other' with .*local.*fedit.* now"):
+        compare(file, out)
+    file.write_text(text.format(cells=other, rate=0.02))
+    with pytest.raises(UserError, match=r"'mine' with .*0.001.*0.02.* now") as caught:
+        compare(file, out)
+    place = out / "cells" / "mine"
+    assert f"delete {place}" in str(caught.value)
+    shutil.rmtree(place)
+    compare(file, out)
+    assert "lr = 0.02" in (place / "seed-0" / "config.toml").read_text()
 
 
 def table(file: Path) -> list[dict[str, str]]:

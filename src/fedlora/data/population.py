@@ -17,7 +17,7 @@ from fedlora.data.fields import as_dataset, columns_of, extract
 from fedlora.data.formats import Part, of_dataset
 from fedlora.data.keys import in_order, listed, nearest, stream
 from fedlora.data.partition import assign, codes, hold_out
-from fedlora.data.remarks import unheeded, unread
+from fedlora.data.remarks import unheeded, unread, untested
 from fedlora.data.settings import DataSettings, Sources
 from fedlora.data.sources import SPLIT_NAMES, Split, many
 from fedlora.data.split import FIT, HOLDOUT, NAMES, TEST, at_most, divide, follow, keep_trained
@@ -284,7 +284,8 @@ def _finish(rows: _Rows, settings: DataSettings, partial: bool = False) -> Popul
     if rows.labels:
         learns = owned & (role != TEST) & (~unseen if settings.label_space == "union" else True)
         labels, more = _label_space(rows, settings, code, names, learns, unseen | partial)
-        warnings += more
+        ours = owned & (rows.given == -1) & ~unseen & ~rows.has_test[rows.client]
+        warnings += [*more, *untested(code[ours], names, role[ours] == TEST)]
     warnings += _remarks(clients, rows, role, near)
     return Population(
         table=rows.table if owned.all() else rows.table.select(np.flatnonzero(owned)),

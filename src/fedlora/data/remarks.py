@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from fedlora.data.formats import Part
 from fedlora.data.keys import listed
 from fedlora.data.sources import SPLIT_NAMES, Split, split_of
+
+_MANY = 30  # examples of a label, of which a fifth should be test examples: where none is, it is no chance
 
 
 def unheeded(part: Part, split: Split, used: Collection[str]) -> list[str]:
@@ -41,3 +45,19 @@ def unread(parts: Iterable[Part]) -> list[str]:
         remedy = "; to read it: " + ", ".join(f'{split} = "{folder}"' for split in splits) if splits else ""
         remarks.append(f"folder {folder}: not read: {listed(list(paths))}{remedy}")
     return remarks
+
+
+def untested(code: np.ndarray, names: Sequence[str], tests: np.ndarray) -> list[str]:
+    """Of labels that no test example has, though we had many of them to divide: their near-copies stay together.
+
+    code, tests: (rows,) of the rows that we divided: the label as a place in `names`, and whether it is a test example.
+
+    >>> untested(np.repeat([0, 1], 40), ["a", "b"], np.arange(80) < 20)
+    ["no test example has 'b', of 30 and more: near-copies stay together (data.test may name others)"]
+    """
+    several = np.bincount(code, minlength=len(names)) >= _MANY
+    found = several & (np.bincount(code[tests], minlength=len(names)) == 0)
+    if not tests.any() or not found.any():
+        return []
+    of = listed([name for name, idle in zip(names, found, strict=True) if idle])
+    return [f"no test example has {of}, of {_MANY} and more: near-copies stay together (data.test may name others)"]

@@ -61,12 +61,15 @@ class PartitionSettings(BaseModel):
 
 
 class DataSettings(BaseModel):
-    """The `[data]` section: where the examples are, which columns matter, who owns them.
+    """`[data]`: where the examples are, which columns matter, who owns them.
 
     `train`, `validation` and `test` are each a file (.jsonl, .json, .csv, .tsv, .parquet), a folder (of such files, of
     images, or that `datasets` saved to disk), a hub id (`name`, `owner/name@config`), or a list of them; `:split` at
     the end takes that split of a hub or saved dataset, or the rows of a file whose column `split` says so. Without
     `test`, each client's examples are split 70/10/20.
+    `text`, `image`, `label`, and `prompt` and `response` of instruction data: columns. `labels`: the label set, where
+    it is not what the training examples have. `label_space = "client"`: clients with labels of their own. `max_length`:
+    tokens of a text, or of a language model's window. `holdout_clients`: how many never train, or which.
     `per_client`: at most so many examples of each client and of each given part, drawn by the seed, distinct ones
     before copies.
 

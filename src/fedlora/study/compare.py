@@ -218,8 +218,8 @@ def compare(
     """Runs what is not yet run, writes ``table.csv``, ``table.md`` and ``runs.csv``, and gives the folder back.
 
     The tables are there after the first seed. What is finished is read, what was interrupted is resumed; seeds, grid
-    and the values that are tuned over may grow between calls, the base may not change. Raises UserError where the
-    cells of a seed saw different data although the grid sets no ``data`` key.
+    and the values that are tuned over may grow between calls, the base and cells that have runs may not change. Raises
+    UserError where the cells of a seed saw different data although the grid sets no ``data`` key.
     """
     name = "study" if isinstance(study, Study) else Path(study).stem
     study = study if isinstance(study, Study) else load_study(study)
@@ -278,9 +278,15 @@ def _run(study: Study, cell: Cell, setting: Cell, seed: int, folder: Path, progr
 
 def _claim(folder: Path, study: Study) -> None:
     """A study's folder holds runs of one base; what was tuned over stays among what is tuned over (a list whose best
-    value is its last may grow), or a cell could keep a setting that is not in the study."""
+    value is its last may grow), or a cell could keep a setting that is not in the study. A cell that has runs sets
+    what it set then: its name need not tell every value."""
     known = folder / "study.json"
-    value = {"base": json.loads(json.dumps(study.base)), "tune": [dict(cell.changes) for cell in study.settings]}
+    cells = {cell.slug: json.loads(json.dumps(cell.changes)) for cell in study.cells}
+    value = {
+        "base": json.loads(json.dumps(study.base)),
+        "tune": [dict(cell.changes) for cell in study.settings],
+        "cells": cells,
+    }
     if known.exists():
         before = json.loads(known.read_text())
         if before["base"] != value["base"]:
@@ -291,6 +297,14 @@ def _claim(folder: Path, study: Study) -> None:
                 f"{folder}: holds runs tuned over {lost[0] or 'nothing'}, which is not in [tune] now",
                 "values may be added, not taken away: choose another --out",
             )
+        ran = {slug: keys for slug, keys in before.get("cells", {}).items() if (folder / "cells" / slug).exists()}
+        for cell in study.cells:
+            if ran.get(cell.slug, cells[cell.slug]) != cells[cell.slug]:
+                raise UserError(
+                    f"{folder}: holds runs of {cell.name!r} with {ran[cell.slug]}, which sets {cells[cell.slug]} now",
+                    f"choose another --out, or delete {folder / 'cells' / cell.slug}",
+                )
+        value["cells"] = ran | cells  # also of cells that this study leaves out: their runs are there
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(known, value)
 

@@ -120,7 +120,8 @@ class AlgorithmSettings(BaseModel):
 class TrainingSettings(Section):
     """``[training]``. None: the algorithm's own default. ``clients_per_round``: a count, or a share; default
     everybody. ``loss_on``: the tokens of instruction data that are learnt. ``generate``: new tokens per answer when
-    scoring; above 0 adds exact match and Rouge-L. ``eval_every``: rounds between evaluations (0: only at the end).
+    scoring; above 0 adds exact match and Rouge-L. ``eval_every``: rounds between evaluations (0: only at the end);
+    ``eval_clients``: how many clients those on the way score (default: all).
     ``eval_everyone``: score every client's deployed model on everybody's test data too, at the end. ``validate``: keep
     the validation rows out of training and score them wherever the test rows are scored."""
 
@@ -201,7 +202,8 @@ class EngineSettings(Section):
 
 
 class OutputSettings(Section):
-    """``[output]``. ``client_adapters``: how many deployed models are written (default: all up to 100)."""
+    """``[output]``. ``dir``: the run folder (default: runs/...); ``client_adapters``: how many deployed models are
+    written (default: all up to 100)."""
 
     dir: str | None = None
     client_adapters: int | Literal["all", "none"] | None = None
