@@ -97,6 +97,7 @@ def test_data_shows_clients_and_trains_nothing(done: Path) -> None:
 
 def test_help_names_every_key_as_errors_say(tmp_path: Path) -> None:
     said = fedlora("run", "--help")
+    assert re.search(r"FILE\.toml  the run file", said)
     for table, key in (("model", "name"), ("adapter", "from"), ("adapter.extras", "head"), ("data.partition", "alpha")):
         assert key in said.partition(f"[{table}]\n")[2].splitlines()[0].replace(",", " ").split()
     for section, model in RunConfig.model_fields.items():
