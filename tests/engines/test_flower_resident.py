@@ -86,6 +86,25 @@ def test_an_update_that_the_server_did_not_take_is_named(
     assert "did not take" not in caplog.text  # once is enough
 
 
+def test_a_server_that_was_started_again_has_refused_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    toys = world("ce-lora", count=2)
+    late = site("north", toys.inner, toys.learner, tmp_path)
+    late.answer(GREETING, "run", HELLO.plain(), lambda: None)
+
+    def ask(kind: str, round: int, base: int | None) -> None:
+        (one,) = body(toys, "c0", round=round, base=base)
+        payload = {} if kind == "introduce" else one["payload"]
+        (answer,) = late.ask("run", [{**one, "kind": kind, "payload": payload}], lambda: None)
+        assert answer.reply is not None
+
+    for _ in range(2):  # killed before its checkpoint of round 3, it introduces the newcomer again
+        ask("introduce", 2, None)
+        ask("train", 3, 2)
+    assert "did not take" not in caplog.text
+    ask("introduce", 4, None)  # and now it has heard of neither
+    assert "its update of round 3" in caplog.text
+
+
 def test_clients_of_others_and_unknown_runs_are_refused(resident: Resident, toys: Fleet) -> None:
     (stranger,) = (
         a

@@ -150,8 +150,11 @@ class Resident:
     def _look_back(self, run: str, name: str, request: Request) -> None:
         """Says where an update was for nothing: the server asks for a version of the client before it."""
         last = self.sent.get((run, name))
-        again = last == request.round and request.kind != "evaluate"  # it has not heard this round's answer
-        if last is not None and not again and (request.base_version is None or request.base_version < last):
+        if last is None:
+            return
+        if request.kind != "evaluate" and request.round <= last:  # it is where it was before: it was started again
+            del self.sent[run, name]
+        elif request.round >= last and (request.base_version is None or request.base_version < last):
             log.warning(
                 "client %r: the server did not take its update of round %d: it came late or was refused (fedlora "
                 "server status says which)",
