@@ -11,6 +11,9 @@ import pytest
 
 pytest.importorskip("flwr")
 
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
+
 from conformance.grid import HELLO, divided
 from conformance.table import world
 from conformance.toy import Fleet
@@ -47,6 +50,21 @@ def test_a_site_of_another_rank_is_refused_where_the_algorithm_needs_equal_ones(
     [refused] = [event for event in said if event["event"] == "refused"]
     assert refused["site"] == "site-1"
     assert "ranks must be equal, but client 'c1' has rank 2" in refused["reason"]
+
+
+def test_a_site_that_fails_while_it_loads_is_named_to_whoever_watches(toys: Fleet, tmp_path: Path) -> None:
+    def broken(message: Message) -> Message:
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "the site's worker failed"), reply_to=message)
+
+    said: list[Mapping[str, Any]] = []
+    grid = divided(toys, tmp_path)
+    grid.nodes[101] = broken
+    names = {100 + number: f"site-{number}" for number in range(3)}
+    fleet = GridFleet(grid, HELLO, replace(QUICK, sites=2), said.append, nodes=names)
+    assert [client.id for client in fleet.available(1)] == ["c0", "c2", "c3"]
+    [refused] = [event for event in said if event["event"] == "refused"]
+    assert refused["site"] == "site-1"
+    assert "the site's worker failed" in refused["reason"]
 
 
 def test_who_cannot_be_served_costs_the_others_neither_rounds_nor_scores(

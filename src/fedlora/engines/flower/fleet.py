@@ -170,9 +170,7 @@ class GridFleet:
             reason = "; ".join(differences(self.hello.facts, presence.facts)) if self.hello.facts else ""
         reason = reason or self.unsuited(presence.clients)
         if reason:
-            self.refused[node] = reason
-            log.warning("site %r (node %d) does not take part: %s", presence.site, node, reason)
-            self.say({"event": "refused", "site": presence.site, "reason": reason})
+            self._refuse(node, presence.site, reason)
             return []
         names = tuple(client.id for client in presence.clients)
         self.sites[presence.site] = Site(presence.site, node, names)
@@ -181,6 +179,12 @@ class GridFleet:
         log.info("site %r (node %d) is there with %d clients", presence.site, node, len(names))
         self.say({"event": "joined", "site": presence.site, "clients": len(names)})
         return [self.sites[presence.site]]
+
+    def _refuse(self, node: int, site: str, reason: str) -> None:
+        """A node takes no part: it is not greeted again while it is there, and whoever watches is told."""
+        self.refused[node] = reason
+        log.warning("site %r (node %d) does not take part: %s", site, node, reason)
+        self.say({"event": "refused", "site": site, "reason": reason})
 
     def observed(self) -> dict[str, dict[str, float]]:
         """What every site did since this was last asked for."""
@@ -320,7 +324,8 @@ class GridFleet:
                 found += [Answer(name, None, str(problem)) for name in question.clients]
                 self._holds(question.node, frozenset())
                 if question.header.kind == HELLO:
-                    self.refused[question.node] = str(problem)
+                    name = (self.nodes or {}).get(question.node, f"node {question.node}")
+                    self._refuse(question.node, name, str(problem))
         return back, found
 
     def _silence(self, node: int) -> None:

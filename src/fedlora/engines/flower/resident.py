@@ -156,8 +156,8 @@ class Resident:
             del self.sent[run, name]
         elif request.round >= last and (request.base_version is None or request.base_version < last):
             log.warning(
-                "client %r: the server did not take its update of round %d: it came late or was refused (fedlora "
-                "server status says which)",
+                "client %r: the server did not take its update of round %d: it came late or was refused (metrics.jsonl "
+                "of the server's run says which)",
                 name,
                 last,
             )
