@@ -108,14 +108,23 @@ def test_an_algorithm_s_fact_is_the_same_in_every_process(name: str) -> None:
 
 @dataclass(frozen=True)
 class Own(FedIT):
-    """Has a function among its parameters."""
+    """Has a function and a set among its parameters."""
 
     objective: Objective = cross_entropy
+    layers: frozenset[int] = frozenset()
 
 
 def test_a_function_is_told_by_name_not_by_its_place_in_memory() -> None:
     assert "objective=<function cross_entropy>" in algorithm_fact(Own())
     assert algorithm_fact(Own(objective=other)) != algorithm_fact(Own())
+
+
+def test_a_set_is_told_in_order() -> None:
+    one, other_way = frozenset([0, 8]), frozenset([8, 0])
+    assert repr(one) != repr(other_way)  # as sets of texts differ from process to process
+    assert "layers={0, 8}" in algorithm_fact(Own(layers=one))
+    assert algorithm_fact(Own(layers=one)) == algorithm_fact(Own(layers=other_way))
+    assert algorithm_fact(Own(layers=one)) != algorithm_fact(Own(layers=frozenset([0])))
 
 
 @pytest.mark.parametrize("name", sorted(TABLE))

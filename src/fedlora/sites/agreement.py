@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import fedlora
@@ -67,12 +68,32 @@ def digest(content: bytes) -> str:
 
 
 def algorithm_fact(algorithm: Algorithm[Any, Any, Any]) -> str:
-    """Its name and parameters, and the digest of the file that it is written in; functions among the parameters by
-    their names, for where they lie in memory is every process's own."""
+    """Its name and parameters, and the digest of the file that it is written in."""
     cls = type(algorithm)
     source = inspect.getsource(inspect.getmodule(cls) or cls)
-    parameters = re.sub(r" at 0x[0-9a-f]+>", ">", repr(algorithm))
-    return f"{parameters} {digest(source.encode())}"
+    return f"{told(algorithm)} {digest(source.encode())}"
+
+
+def told(value: Any) -> str:
+    """A value's ``repr``, the same in every process: functions by their names and sets in order, for where a function
+    lies in memory, and how a set of texts is walked, is every process's own.
+
+    >>> told({"words": frozenset(["b", "a"]), "pair": (print,)})
+    "{'words': {'a', 'b'}, 'pair': (<built-in function print>,)}"
+    """
+    match value:
+        case set() | frozenset():
+            return f"{{{', '.join(sorted(map(told, value)))}}}"
+        case list():
+            return f"[{', '.join(map(told, value))}]"
+        case tuple() if type(value) is tuple:
+            return f"({', '.join(map(told, value))}{',' * (len(value) == 1)})"
+        case dict():
+            return f"{{{', '.join(f'{told(key)}: {told(one)}' for key, one in value.items())}}}"
+        case _ if is_dataclass(value) and not isinstance(value, type):
+            parts = [f"{field.name}={told(getattr(value, field.name))}" for field in fields(value) if field.repr]
+            return f"{type(value).__qualname__}({', '.join(parts)})"
+    return re.sub(r" at 0x[0-9a-f]+>", ">", repr(value))
 
 
 def tokenizer(processor: Any) -> str:
