@@ -376,4 +376,6 @@ def _started(
                     "give [clients] ranks that hold it",
                 )
     given = {name: value.to(spec.dtype) for name, value in tree.items()}
+    if broken := sorted(name for name, value in given.items() if not bool(torch.isfinite(value).all())):
+        raise UserError(f"{place}: {broken[0]} has numbers that are not finite", "give an adapter that did not diverge")
     return replace(spec, pretrained={**spec.pretrained, **given})
