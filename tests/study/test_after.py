@@ -11,7 +11,7 @@ from fedlora.errors import UserError
 from fedlora.study.after import evaluate, personalize
 from fedlora.study.export import export
 from fedlora.study.predict import predict
-from fedlora.study.run import run
+from fedlora.study.run import resume, run
 from study import tiny
 
 
@@ -48,3 +48,22 @@ def test_half_characters_are_refused(done: Path) -> None:
 def test_a_newcomer_needs_a_name(done: Path) -> None:
     with pytest.raises(UserError, match=r"--client ' ': a client needs a name"):
         personalize(done, "other.jsonl", client=" ")
+
+
+def test_newcomers_of_an_earlier_round_are_named_and_made_anew(tmp_path: Path) -> None:
+    file = tiny.run_file(tmp_path, training="rounds = 1\nepochs = 2\n", data="partition = {clients = 2}\n")
+    place = run(file, out=tmp_path / "run").folder
+    other = tiny.reviews(tmp_path / "other.jsonl", 60, seed=5)
+    adapter, _ = personalize(place, other, client="late")
+    before = (adapter / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="'late' is there already"):
+        personalize(place, other, client="late")
+    resume(place, rounds=2)
+    assert "the adapter of 'late', who came at round 1, is not of this one" in (place / "run.log").read_text()
+    assert personalize(place, other, client="late")[0] == adapter
+    assert (adapter / "adapter_model.safetensors").read_bytes() != before
+    said = len((place / "run.log").read_text())
+    resume(place)
+    assert "'late'" not in (place / "run.log").read_text()[said:]
+    with pytest.raises(UserError, match="a client '0' is there already"):
+        personalize(place, other, client="0")

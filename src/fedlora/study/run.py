@@ -16,7 +16,7 @@ from fedlora.federation.rounds import Report, rounds
 from fedlora.federation.spec import Client, stream
 from fedlora.study import folder as files
 from fedlora.study.config import RunConfig, dumps, load, parse
-from fedlora.study.deploy import write_global
+from fedlora.study.deploy import newcomers, write_global
 from fedlora.study.experiment import Experiment, assemble
 from fedlora.study.host import Adapters, Host
 from fedlora.study.progress import Progress
@@ -177,6 +177,11 @@ def _train(experiment: Host, saved: Mapping[str, Any] | None, progress: bool) ->
         if general := adapters.on_everyone():
             summary["personal"]["on_everyone"] = spread(general, experiment.metric)
         files.write_json(folder / "summary.json", summary)
+        for name, round in newcomers(folder).items():
+            if round != summary["rounds"]:
+                text = f"the adapter of {name!r}, who came at round {round}, is not of this one: personalize it anew"
+                log.warning("%s", text)
+                watched.warn(text)
     return Result(folder, summary, tuple(files.lines(folder / "metrics.jsonl")))
 
 
