@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,3 +68,9 @@ def test_newcomers_of_an_earlier_round_are_named_and_made_anew(tmp_path: Path) -
     assert "'late'" not in (place / "run.log").read_text()[said:]
     with pytest.raises(UserError, match="a client '0' is there already"):
         personalize(place, other, client="0")
+
+
+@pytest.mark.parametrize("sections", [{"trainin": {"rounds": 1}}, {"rounds": 1}, {"training": 3}])
+def test_sections_replaced_in_a_call_are_checked(tmp_path: Path, sections: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"configuration: (unknown key '(trainin|rounds)'|'training' = 3)"):
+        run(tiny.run_file(tmp_path), out=tmp_path / "run", **sections)
