@@ -49,6 +49,10 @@ def build(config: RunConfig) -> Algorithm[Any, Any, Any]:
         raise UserError(f"[algorithm] {config.algorithm.name}: {error}") from None
 
 
+REQUIRED = ("aggregator", "server_init", "broadcast", "client_update", "expects", "server_update", "personalize")
+"""What an algorithm cannot do without."""
+
+
 def find(name: str) -> Any:
     """The class of a table name or of "file.py:Class"."""
     if ".py:" not in name:
@@ -72,6 +76,11 @@ def find(name: str) -> Any:
         raise UserError(
             f"[algorithm] name = {name!r}: {wanted} is no dataclass that subclasses fedlora's Algorithm",
             f"classes in {file.name}: {', '.join(found) or 'none'}",
+        )
+    if missing := [name for name in REQUIRED if getattr(cls, name) is getattr(Algorithm, name)]:
+        raise UserError(
+            f"[algorithm] name = {name!r}: {wanted} lacks {', '.join(missing)}",
+            "docs/writing-an-algorithm.md says what for",
         )
     return cls
 

@@ -143,7 +143,7 @@ def _train(experiment: Host, saved: Mapping[str, Any] | None, progress: bool) ->
     """The loop around ``rounds``: score, write the line, checkpoint, tell the loop that it is durable."""
     config, folder = experiment.config, experiment.folder
     training = config.training
-    with Progress(training.rounds, progress) as watched, _resumable(folder):
+    with Progress(training.rounds, progress) as watched, _resumable(folder, config.algorithm.name):
         for warning in experiment.warnings:
             log.warning("%s", warning)
             watched.warn(warning)
@@ -186,13 +186,15 @@ def _train(experiment: Host, saved: Mapping[str, Any] | None, progress: bool) ->
 
 
 @contextmanager
-def _resumable(folder: Path) -> Iterator[None]:
+def _resumable(folder: Path, algorithm: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; go on with: fedlora resume {folder}") from None
     except Exception as error:
         if (problem := refused(error)) is None:
+            if ".py:" in algorithm:  # what it asked for is done elsewhere: the traceback may not show its file
+                error.add_note(f"[algorithm] name = {algorithm!r} was running")
             raise
         remedy = f"make room or give the right, then go on with: fedlora resume {folder}"
         raise UserError(f"{folder}: the run stopped: {problem}", remedy) from error
