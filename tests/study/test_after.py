@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedlora.errors import UserError
 from fedlora.study.after import evaluate, personalize
+from fedlora.study.config import load
 from fedlora.study.export import export
 from fedlora.study.predict import predict
 from fedlora.study.run import resume, run
@@ -44,6 +46,27 @@ def test_a_merged_folder_is_for_transformers(done: Path, tmp_path: Path) -> None
 def test_half_characters_are_refused(done: Path) -> None:
     with pytest.raises(UserError, match=r"--text 'one \\udce4': '\\udce4' is no character"):
         predict(done, ["one pear", "one \udce4"])
+
+
+def test_one_text_is_no_list_of_characters(done: Path) -> None:
+    with pytest.raises(UserError, match=r"one text was given, 'pear', not several\n  -> give a list"):
+        predict(done, "pear")
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_a_program_without_gradients_trains_all_the_same(tmp_path: Path, off: Any) -> None:
+    changes = ["algorithm.finetune_epochs=1", "training.rounds=1"]
+    config = load(tiny.run_file(tmp_path, data="partition = {clients = 2}\n"), changes)
+    other = tiny.reviews(tmp_path / "other.jsonl", 60, seed=5)
+    places = [run(config, out=tmp_path / "on").folder]
+    newcomers = [personalize(places[0], other)[0]]
+    with off():
+        places.append(run(config, out=tmp_path / "off").folder)
+        newcomers.append(personalize(places[1], other)[0])
+        assert not torch.is_grad_enabled()
+    for folders in ([place / "adapters" / "global" for place in places], newcomers):
+        one, two = ((folder / "adapter_model.safetensors").read_bytes() for folder in folders)
+        assert one == two
 
 
 def test_a_newcomer_needs_a_name(done: Path) -> None:

@@ -19,7 +19,7 @@ from fedlora.federation.spec import Sums
 from fedlora.study import export, folder
 from fedlora.study.config import RunConfig, load
 from fedlora.study.deploy import deployed, newcomers, write_own
-from fedlora.study.experiment import Experiment, assemble
+from fedlora.study.experiment import Experiment, assemble, gradients
 
 
 def evaluate(
@@ -50,6 +50,7 @@ def evaluate(
     return _scores(experiment, found, "data")
 
 
+@gradients()
 def personalize(
     run: str | Path,
     data: str | Path,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import ChainMap, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,6 +175,13 @@ class Experiment:
             splits=("test", "validation") if self.config.training.validate_rounds else ("test",),
         )
         return dict(results)
+
+
+@contextmanager
+def gradients() -> Generator[None]:
+    """Training needs what a program may have switched off (a notebook's ``torch.set_grad_enabled(False)``)."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def assemble(

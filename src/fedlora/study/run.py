@@ -17,7 +17,7 @@ from fedlora.federation.spec import Client, stream
 from fedlora.study import folder as files
 from fedlora.study.config import RunConfig, dumps, load, parse
 from fedlora.study.deploy import newcomers, write_global
-from fedlora.study.experiment import Experiment, assemble
+from fedlora.study.experiment import Experiment, assemble, gradients
 from fedlora.study.host import Adapters, Host
 from fedlora.study.progress import Progress
 from fedlora.study.summary import spread, summarise
@@ -117,7 +117,7 @@ ENGINES: Mapping[str, Callable[[], Engine]] = {"simulator": here, "ray": on_ray}
 def hosted(config: RunConfig, folder: Path, **given: Any) -> Iterator[Host]:
     """A run on the engine that it names, ready to start; ``given``: objects instead of names."""
     engine = ENGINES[config.engine.name]()  # before anything is loaded
-    with engine(assemble(config, folder, **given), given) as host:
+    with gradients(), engine(assemble(config, folder, **given), given) as host:
         yield host
 
 
