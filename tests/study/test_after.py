@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,17 @@ def test_a_merged_folder_is_for_transformers(done: Path, tmp_path: Path) -> None
 def test_half_characters_are_refused(done: Path) -> None:
     with pytest.raises(UserError, match=r"--text 'one \\udce4': '\\udce4' is no character"):
         predict(done, ["one pear", "one \udce4"])
+
+
+@pytest.mark.parametrize("name", ["(everyone)", "(all data pooled)"])
+def test_no_client_is_called_as_all_of_them(tmp_path: Path, name: str) -> None:
+    """It would never train, and everybody's rows would be taken for its own."""
+    file = tiny.run_file(tmp_path, data='partition = {column = "owner"}\n')
+    data = tmp_path / "mine.jsonl"
+    rows = [json.loads(line) | {"owner": [name, "b"][i % 2]} for i, line in enumerate(data.read_text().splitlines())]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=rf"called '{re.escape(name)}', which stands for all"):
+        run(file, out=tmp_path / "run")
 
 
 def test_one_text_is_no_list_of_characters(done: Path) -> None:

@@ -343,6 +343,8 @@ def _members(
         units = examples.count(rows.get("fit", NO_ROWS)) + examples.count(rows.get("holdout", NO_ROWS))
         return Client(name, own, terms.models.get(name, "base"), units or None)
 
+    if taken := {POOLED, EVERYONE} & set(owned):
+        raise UserError(f"a client is called {min(taken)!r}, which stands for all of them", "give it another id")
     unseen, members = set(population.unseen), dict[str, Client]()
     shared: defaultdict[str, list[np.ndarray]] = defaultdict(list)  # what everybody's model trains and is scored on
     for name, rows in owned.items():  # once: the rows of 100,000 clients are made on access
