@@ -73,7 +73,7 @@ class Wrong(FedIT):
 def test_mistakes_in_an_own_file_name_it(tmp_path: Path) -> None:
     file = tiny.run_file(tmp_path, training="rounds = 1\n")
     (tmp_path / "mine.py").write_text(MISTAKEN)
-    said = "Half lacks aggregator, broadcast, client_update, expects, server_update, personalize"
+    said = "it lacks aggregator, broadcast, client_update, expects, server_update, personalize"
     with pytest.raises(UserError, match=rf"mine.py:Half'.*: {said}\n"):
         run(load(file, ["algorithm.name=mine.py:Half"]), out=tmp_path / "half")
     for name, message in (("Silent", "is a generator .*, not a dict"), ("Wrong", "'lora' selects nothing")):

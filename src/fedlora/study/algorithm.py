@@ -29,6 +29,11 @@ def build(config: RunConfig) -> Algorithm[Any, Any, Any]:
     be diluted by all who never see it.
     """
     cls = find(config.algorithm.name)
+    if missing := [name for name in REQUIRED if getattr(cls, name) is getattr(Algorithm, name)]:
+        raise UserError(
+            f"[algorithm] name = {config.algorithm.name!r}: it lacks {', '.join(missing)}",
+            "see docs/writing-an-algorithm.md",
+        )
     fields = {field.name for field in dataclasses.fields(cls)}
     parameters = config.algorithm.parameters
     for name in parameters:
@@ -76,11 +81,6 @@ def find(name: str) -> Any:
         raise UserError(
             f"[algorithm] name = {name!r}: {wanted} is no dataclass that subclasses fedlora's Algorithm",
             f"classes in {file.name}: {', '.join(found) or 'none'}",
-        )
-    if missing := [name for name in REQUIRED if getattr(cls, name) is getattr(Algorithm, name)]:
-        raise UserError(
-            f"[algorithm] name = {name!r}: {wanted} lacks {', '.join(missing)}",
-            "docs/writing-an-algorithm.md says what for",
         )
     return cls
 
