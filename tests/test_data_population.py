@@ -297,6 +297,9 @@ def test_from_datasets_names_the_client_at_fault() -> None:
     good = _client(rows[:10])
     for clients, message in (
         ({}, "no clients were given"),
+        (good, "clients: a Dataset was given, no mapping"),
+        ({1: good}, "clients: the id 1 is of type int"),
+        ({"a": good, "b": rows}, "client 'b' is given as a list, not as a datasets.Dataset\n.*from_pandas"),
         ({"a": good, "b": good.select([])}, "client 'b' has no examples"),
         ({"a": good, "b": good.rename_column("label", "lable")}, r"client 'b' has no column 'label'.*nearest: 'lable'"),
         (

@@ -80,3 +80,14 @@ def test_the_other_datasets_of_a_saved_folder(tmp_path: Path) -> None:
         f"folder {tmp_path / 'd'}: not read: 'test'; to read it: test = \"{tmp_path / 'd'}\"",
     )
     assert not any("not read" in warning for warning in _warnings(train=f"{tmp_path}/d", test=f"{tmp_path}/d"))
+
+
+def test_a_quantity_as_label(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    rows = [json.loads(line) for line in _lines(80).splitlines()]
+    for texts in ("ab", [str(i) for i in range(40)]):
+        said = [row | {"label": texts[i % len(texts)]} for i, row in enumerate(rows)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in said))
+        assert not any("labels are numbers" in warning for warning in _warnings(train=str(file)))
+    file.write_text("".join(json.dumps(row | {"label": i / 7}) + "\n" for i, row in enumerate(rows)))
+    assert any(warning.startswith("80 labels are numbers ('0', ") for warning in _warnings(train=str(file)))

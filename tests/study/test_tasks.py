@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,11 @@ def test_a_run_starts_from_an_exported_adapter(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="rank 8"):
         run(file, tmp_path / "fourth", "adapter.from=adapter", "clients.ranks=[2, 8]", "algorithm.name=flexlora")
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    diverged, given = tmp_path / "diverged", load_file(weights)
+    shutil.copytree(tmp_path / "adapter", diverged)
+    save_file({**given, (name := sorted(given)[-1]): given[name] * torch.nan}, diverged / weights.name)
+    with pytest.raises(UserError, match=r"from = .*diverged.*: .* has numbers that are not finite"):
+        run(file, tmp_path / "nan", "adapter.from=diverged")
     save_file(load_file(weights) | {"base_model.model.encoder.embeddings.LayerNorm.bias": torch.ones(32)}, weights)
     with pytest.raises(UserError, match=r"brings its own 'encoder.embeddings.LayerNorm.bias'"):
         run(file, tmp_path / "fifth", "adapter.from=adapter")

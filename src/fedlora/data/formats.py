@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -204,6 +204,25 @@ READERS: dict[str, Callable[[Path], Part]] = {
     ".tsv": _delimited("\t"),
     ".parquet": _parquet,
 }
+
+
+def checked(clients: Any) -> Mapping[str, datasets.Dataset]:
+    """What a program gave as its clients' datasets, by id; UserError where it is anything else."""
+    remedy = "pass clients = {'name': dataset, ...}"
+    if not isinstance(clients, Mapping):
+        raise UserError(f"clients: a {type(clients).__name__} was given, no mapping", remedy)
+    given: Mapping[Any, Any] = clients
+    if not given:
+        raise UserError("no clients were given", remedy)
+    for name, data in given.items():
+        if not isinstance(name, str):
+            raise UserError(f"clients: the id {name!r} is of type {type(name).__name__}", "ids are text: str(id)")
+        if not isinstance(data, datasets.Dataset):
+            raise UserError(
+                f"client {name!r} is given as a {type(data).__name__}, not as a datasets.Dataset",
+                "make one: Dataset.from_pandas(frame), Dataset.from_list(rows); of several splits: one of them",
+            )
+    return given
 
 
 def of_dataset(data: datasets.Dataset, name: str) -> Part:

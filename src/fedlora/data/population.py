@@ -14,10 +14,10 @@ import pyarrow as pa
 
 from fedlora.data import duplicates
 from fedlora.data.fields import as_dataset, columns_of, extract
-from fedlora.data.formats import Part, of_dataset
+from fedlora.data.formats import Part, checked, of_dataset
 from fedlora.data.keys import in_order, listed, nearest, stream
 from fedlora.data.partition import assign, codes, hold_out
-from fedlora.data.remarks import unheeded, unread, untested
+from fedlora.data.remarks import quantities, unheeded, unread, untested
 from fedlora.data.settings import DataSettings, Sources
 from fedlora.data.sources import SPLIT_NAMES, Split, many
 from fedlora.data.split import FIT, HOLDOUT, NAMES, TEST, at_most, divide, follow, keep_trained
@@ -166,8 +166,7 @@ def from_datasets(
 
     Raises `UserError` that names the client and row of what is wrong.
     """
-    if not clients:
-        raise UserError("no clients were given", "pass clients = {'name': dataset, ...}")
+    clients = checked(clients)
     columns = columns_of(settings, task)
     ids = in_order(clients)
     tables: list[pa.Table] = []
@@ -285,7 +284,7 @@ def _finish(rows: _Rows, settings: DataSettings, partial: bool = False) -> Popul
         learns = owned & (role != TEST) & (~unseen if settings.label_space == "union" else True)
         labels, more = _label_space(rows, settings, code, names, learns, unseen | partial)
         ours = owned & (rows.given == -1) & ~unseen & ~rows.has_test[rows.client]
-        warnings += [*more, *untested(code[ours], names, role[ours] == TEST)]
+        warnings += [*more, *quantities(labels), *untested(code[ours], names, role[ours] == TEST)]
     warnings += _remarks(clients, rows, role, near)
     return Population(
         table=rows.table if owned.all() else rows.table.select(np.flatnonzero(owned)),

@@ -13,6 +13,7 @@ from fedlora.data.keys import listed
 from fedlora.data.sources import SPLIT_NAMES, Split, split_of
 
 _MANY = 30  # examples of a label, of which a fifth should be test examples: where none is, it is no chance
+_SCALE = 20  # numbers with fractions, so many of them: fewer may be marks
 
 
 def unheeded(part: Part, split: Split, used: Collection[str]) -> list[str]:
@@ -45,6 +46,24 @@ def unread(parts: Iterable[Part]) -> list[str]:
         remedy = "; to read it: " + ", ".join(f'{split} = "{folder}"' for split in splits) if splits else ""
         remarks.append(f"folder {folder}: not read: {listed(list(paths))}{remedy}")
     return remarks
+
+
+def quantities(labels: Sequence[str]) -> list[str]:
+    """Of labels that are many numbers with fractions: what is measured, and no class.
+
+    >>> quantities([str(i / 8) for i in range(160)])
+    ["160 labels are numbers ('0.0', '0.125' and 158 more): each is a class of its own (make ranges of them classes)"]
+    >>> quantities(["0.5", "1.0"]), quantities([str(i) for i in range(150)])
+    ([], [])
+    """
+    try:
+        fractions = any(float(label) % 1 for label in labels)
+    except ValueError:
+        return []
+    if len(labels) < _SCALE or not fractions:
+        return []
+    of = f"{len(labels)} labels are numbers ({listed(list(labels), 2)})"
+    return [f"{of}: each is a class of its own (make ranges of them classes)"]
 
 
 def untested(code: np.ndarray, names: Sequence[str], tests: np.ndarray) -> list[str]:

@@ -48,6 +48,8 @@ def numbered(work: Work[Any], local: Local, kind: str, trusted: bool = False) ->
 
     The program is closed however this ends.
     """
+    if not hasattr(work, "send"):
+        raise TypeError(f"a client program is a generator (`yield from` what it asks), not a {type(work).__name__}")
     answer: Any = None
     index = 0
     try:

@@ -18,8 +18,8 @@ from fedlora.federation.orders import Model, Score
 from fedlora.federation.spec import Sums
 from fedlora.study import export, folder
 from fedlora.study.config import RunConfig, load
-from fedlora.study.deploy import deployed, write_own
-from fedlora.study.experiment import Experiment, assemble
+from fedlora.study.deploy import deployed, newcomers, write_own
+from fedlora.study.experiment import Experiment, assemble, gradients
 
 
 def evaluate(
@@ -50,6 +50,7 @@ def evaluate(
     return _scores(experiment, found, "data")
 
 
+@gradients()
 def personalize(
     run: str | Path,
     data: str | Path,
@@ -62,14 +63,14 @@ def personalize(
     """Introduces a new client to a finished run and writes what it would deploy: (its adapter's folder, test scores).
 
     Its examples are split 70/10/20 like any client's; the server's state stays as it is. ``backbone``: which of
-    ``[clients] models`` is its own (default: the first). Raises UserError where the run has such a client, or the data
-    will not do.
+    ``[clients] models`` is its own (default: the first). A newcomer of an earlier round, before ``resume``, is written
+    anew. Raises UserError where the run has such a client, or the data will not do.
     """
     if not client.strip():
         raise UserError(f"--client {client!r}: a client needs a name", "give it an id that no other client has")
     place, config, saved = _finished(run)
     target = place / "adapters" / export.CLIENTS / quoted(client)
-    if client in saved["acked"] or target.exists():
+    if client in saved["acked"] or (target.exists() and newcomers(place).get(client) in (None, saved["round"])):
         raise UserError(f"{place}: a client {client!r} is there already", "choose another --client id")
     table = examples(str(data), config.data, config.model.task)
     known, wanted = config.clients.models or [], backbone
@@ -80,7 +81,7 @@ def personalize(
     experiment = _alone(config, place, client, table, saved["ranks"], model, models, backbone)
     best = next(iter(deployed(experiment, saved, experiment.fleet.clients[client]).values()))
     scores = _scores(experiment, best, client)
-    write_own(experiment, target, best, client, scores.get(experiment.metric.name))
+    write_own(experiment, target, best, client, scores.get(experiment.metric.name), int(saved["round"]))
     return target, scores
 
 

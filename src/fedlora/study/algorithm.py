@@ -29,6 +29,11 @@ def build(config: RunConfig) -> Algorithm[Any, Any, Any]:
     be diluted by all who never see it.
     """
     cls = find(config.algorithm.name)
+    if missing := [name for name in REQUIRED if getattr(cls, name) is getattr(Algorithm, name)]:
+        raise UserError(
+            f"[algorithm] name = {config.algorithm.name!r}: it lacks {', '.join(missing)}",
+            "see docs/writing-an-algorithm.md",
+        )
     fields = {field.name for field in dataclasses.fields(cls)}
     parameters = config.algorithm.parameters
     for name in parameters:
@@ -47,6 +52,10 @@ def build(config: RunConfig) -> Algorithm[Any, Any, Any]:
         return cls(**values)
     except ValueError as error:
         raise UserError(f"[algorithm] {config.algorithm.name}: {error}") from None
+
+
+REQUIRED = ("aggregator", "server_init", "broadcast", "client_update", "expects", "server_update", "personalize")
+"""What an algorithm cannot do without."""
 
 
 def find(name: str) -> Any:

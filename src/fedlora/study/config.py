@@ -260,7 +260,8 @@ class RunConfig(Section):
         """A copy with keys of some sections replaced: ``config.replace(engine={"lanes": 4})``."""
         value = self.model_dump(by_alias=True)
         for section, keys in sections.items():
-            value[section] = {**value[section], **keys}
+            known: Any = value.get(section, {})
+            value[section] = {**known, **keys} if isinstance(keys, Mapping) else keys  # what is wrong, parse names
         return parse(value, "the resolved configuration")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,6 +75,12 @@ class Adapters:
         return {name: self.experiment.metric.of(sums) for name, sums in zip(names, found, strict=True)}
 
 
+def newcomers(run: Path) -> dict[str, int]:
+    """The clients that came to a run after its end, and the round that each one's model is of."""
+    found = [json.loads(file.read_text()) for file in run.glob(f"adapters/{export.CLIENTS}/*/{export.ABOUT}")]
+    return {about["client"]: about["round"] for about in found if about.get("round") is not None}
+
+
 def write_global(experiment: Host, checkpoint: Mapping[str, Any], score: float | None) -> None:
     """``adapters/global``, where a global model exists."""
     judge = experiment.algorithm.server_model(checkpoint["state"])
@@ -85,11 +93,13 @@ def _whole(model: Model) -> bool:
     return any(name.startswith("backbone/") for name in model.params) and not sites(model.params)
 
 
-def write_own(experiment: Experiment, folder: Any, model: Model, client: str, score: float | None) -> None:
-    """One client's deployed model as a folder."""
+def write_own(
+    experiment: Experiment, folder: Any, model: Model, client: str, score: float | None, round: int | None = None
+) -> None:
+    """One client's deployed model as a folder. ``round``: see ``export.About``."""
     mask = experiment.learner.label_mask(client)  # the labels that its scores know, and no others, are predicted
     own = () if mask is None else tuple(np.asarray(experiment.labels)[mask.numpy()].tolist())
-    write(experiment, folder, model, client, score, own)
+    write(experiment, folder, model, client, score, own, round)
 
 
 def write(
@@ -99,6 +109,7 @@ def write(
     client: str | None,
     score: float | None,
     own_labels: tuple[str, ...] = (),
+    round: int | None = None,
 ) -> None:
     """One deployed model as a folder. ``own_labels``: the client's, where label spaces are own."""
     backbone = experiment.backbones[model.backbone]
@@ -111,6 +122,7 @@ def write(
         {} if score is None else {experiment.metric.name: score},
         () if own_model else export.recipe(backbone),
         own_labels,
+        round,
     )
     start = export.heads(experiment.spec, experiment.config.seed)
     export.save(folder, model, export.base_of(backbone), about, start, backbone if own_model else None)

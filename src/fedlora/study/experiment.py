@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import ChainMap, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,6 +177,13 @@ class Experiment:
         return dict(results)
 
 
+@contextmanager
+def gradients() -> Generator[None]:
+    """Training needs what a program may have switched off (a notebook's ``torch.set_grad_enabled(False)``)."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
 def assemble(
     config: RunConfig,
     folder: Path,
@@ -335,6 +343,8 @@ def _members(
         units = examples.count(rows.get("fit", NO_ROWS)) + examples.count(rows.get("holdout", NO_ROWS))
         return Client(name, own, terms.models.get(name, "base"), units or None)
 
+    if taken := {POOLED, EVERYONE} & set(owned):
+        raise UserError(f"a client is called {min(taken)!r}, which stands for all of them", "give it another id")
     unseen, members = set(population.unseen), dict[str, Client]()
     shared: defaultdict[str, list[np.ndarray]] = defaultdict(list)  # what everybody's model trains and is scored on
     for name, rows in owned.items():  # once: the rows of 100,000 clients are made on access
@@ -376,4 +386,6 @@ def _started(
                     "give [clients] ranks that hold it",
                 )
     given = {name: value.to(spec.dtype) for name, value in tree.items()}
+    if broken := sorted(name for name, value in given.items() if not bool(torch.isfinite(value).all())):
+        raise UserError(f"{place}: {broken[0]} has numbers that are not finite", "give an adapter that did not diverge")
     return replace(spec, pretrained={**spec.pretrained, **given})

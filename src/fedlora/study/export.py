@@ -44,6 +44,7 @@ class About:
 
     ``settings``: of the resolved run file what loads the base and encodes an input, see ``settings``. ``recipe``:
     Python lines that end with ``base = ...``. ``own_labels``: those that the client knows, where label spaces are own.
+    ``round``: the server's that a newcomer met, whose model no later round writes again.
     """
 
     settings: Mapping[str, Any]
@@ -53,6 +54,7 @@ class About:
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     recipe: tuple[str, ...] = ()
     own_labels: tuple[str, ...] = ()
+    round: int | None = None
 
 
 # -- the base
@@ -213,7 +215,7 @@ def opened(folder: str | Path, models: Mapping[str, Any] | None = None) -> tuple
     content = _content(path)
     described = content["model"]
     head = content["head"]
-    fields: dict[str, Any] = {f.name: content[f.name] for f in dataclasses.fields(About)}
+    fields: dict[str, Any] = {f.name: content[f.name] for f in dataclasses.fields(About) if f.name in content}
     fields |= {name: tuple(fields[name]) for name in ("labels", "recipe", "own_labels")}
     about, own = About(**fields), None
     if "own" in described:
@@ -346,8 +348,7 @@ def merged(module: nn.Module, model: Model, base: Base, start: Tree | None = Non
                 )
             weight = merged_weight(layer, delta)
             layer.get_parameter("weight").copy_(weight.T if site in base.transposed else weight)
-        values = {**(start or {}), **whole(model.params)}
-        for name, value in values.items():
+        for name, value in {**(start or {}), **whole(model.params)}.items():
             if not name.startswith("extra/"):
                 parameters[base.path(name)].copy_(value)
 
@@ -363,9 +364,8 @@ def card(about: About, base: Base, use: str) -> str:
         facts.append(f"Labels, in the order of the logits: {', '.join(about.labels)}")
     if about.metrics:
         facts.append("\n".join(f"- {name}: {value:.4f}" for name, value in about.metrics.items()))
-    facts = "\n\n".join(facts)
     head = f"base_model: {json.dumps(base.name)}\ntags: [lora, federated-learning, fedlora]"
-    return f"---\n{head}\n---\n\n# {about.algorithm}: {who}\n\n{facts}\n\n## Use\n\n{use}"
+    return "\n\n".join((f"---\n{head}\n---", f"# {about.algorithm}: {who}", *facts, "## Use", use))
 
 
 SHELL = '```sh\nfedlora predict THIS_FOLDER --text "..."\n```\n'

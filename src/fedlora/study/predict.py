@@ -62,6 +62,8 @@ def predict(
     ``max_new_tokens``. ``models``: the modules of a run that was given any. Raises UserError where there is no such
     model, and for a text to classify or to continue that is empty.
     """
+    if isinstance(texts, str):
+        raise UserError(f"one text was given, {texts[:60]!r}, not several", "give a list: [text]")
     model, about, own = opened(deployed(folder, client), models)
     config, backbone = config_of(about), own.to(device=device) if own else rebuilt(about, device)
     stack = stacked(backbone, model)

@@ -16,8 +16,8 @@ from fedlora.federation.rounds import Report, rounds
 from fedlora.federation.spec import Client, stream
 from fedlora.study import folder as files
 from fedlora.study.config import RunConfig, dumps, load, parse
-from fedlora.study.deploy import write_global
-from fedlora.study.experiment import Experiment, assemble
+from fedlora.study.deploy import newcomers, write_global
+from fedlora.study.experiment import Experiment, assemble, gradients
 from fedlora.study.host import Adapters, Host
 from fedlora.study.progress import Progress
 from fedlora.study.summary import spread, summarise
@@ -117,7 +117,7 @@ ENGINES: Mapping[str, Callable[[], Engine]] = {"simulator": here, "ray": on_ray}
 def hosted(config: RunConfig, folder: Path, **given: Any) -> Iterator[Host]:
     """A run on the engine that it names, ready to start; ``given``: objects instead of names."""
     engine = ENGINES[config.engine.name]()  # before anything is loaded
-    with engine(assemble(config, folder, **given), given) as host:
+    with gradients(), engine(assemble(config, folder, **given), given) as host:
         yield host
 
 
@@ -143,7 +143,7 @@ def _train(experiment: Host, saved: Mapping[str, Any] | None, progress: bool) ->
     """The loop around ``rounds``: score, write the line, checkpoint, tell the loop that it is durable."""
     config, folder = experiment.config, experiment.folder
     training = config.training
-    with Progress(training.rounds, progress) as watched, _resumable(folder):
+    with Progress(training.rounds, progress) as watched, _resumable(folder, config.algorithm.name):
         for warning in experiment.warnings:
             log.warning("%s", warning)
             watched.warn(warning)
@@ -177,17 +177,24 @@ def _train(experiment: Host, saved: Mapping[str, Any] | None, progress: bool) ->
         if general := adapters.on_everyone():
             summary["personal"]["on_everyone"] = spread(general, experiment.metric)
         files.write_json(folder / "summary.json", summary)
+        for name, round in newcomers(folder).items():
+            if round != summary["rounds"]:
+                text = f"the adapter of {name!r}, who came at round {round}, is not of this one: personalize it anew"
+                log.warning("%s", text)
+                watched.warn(text)
     return Result(folder, summary, tuple(files.lines(folder / "metrics.jsonl")))
 
 
 @contextmanager
-def _resumable(folder: Path) -> Iterator[None]:
+def _resumable(folder: Path, algorithm: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; go on with: fedlora resume {folder}") from None
     except Exception as error:
         if (problem := refused(error)) is None:
+            if ".py:" in algorithm:  # what it asked for is done elsewhere: the traceback may not show its file
+                error.add_note(f"[algorithm] name = {algorithm!r} was running")
             raise
         remedy = f"make room or give the right, then go on with: fedlora resume {folder}"
         raise UserError(f"{folder}: the run stopped: {problem}", remedy) from error
