@@ -134,8 +134,8 @@ def _cancels(change: Change, size: float) -> bool:
     """Whether the terms of a product sum to so little, ``size``, that float32's rounding of them is much of it."""
     if change.right is None:
         return False
-    terms = linalg.vector_norm(change.left.double(), dim=0) * linalg.vector_norm(change.right.double(), dim=1)
-    return float(linalg.vector_norm(terms)) > TERMS * size
+    terms = change.left.square().sum(0).sqrt().double() * linalg.vector_norm(change.right, dim=1)
+    return not float(linalg.vector_norm(terms)) <= TERMS * size  # squares that float32 does not hold count as much
 
 
 def flat(change: Change, rank: int, seed: int) -> Leading | None:
